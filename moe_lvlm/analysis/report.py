@@ -1,0 +1,318 @@
+"""Writes a run's report: one HTML page with its figures beside it, readable offline."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from matplotlib.figure import Figure
+from PIL import Image
+
+from moe_lvlm.analysis import plots
+from moe_lvlm.analysis.plots.style import spread
+from moe_lvlm.analysis.run_folder import Prediction, RunFolder
+
+_TEMPLATE_FOLDER = Path(__file__).parent / "templates"
+_PREDICTIONS_PER_TASK = 8
+_THUMBNAIL_PIXELS = 192
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """A figure in the page. text: one sentence on how to read it."""
+
+    file: str
+    title: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class StageRow:
+    """One stage's settings and speed, as shown."""
+
+    name: str
+    trains: str
+    steps: str
+    global_batch: str
+    learning_rate: str
+    trainable: str
+    tokens: str
+    tokens_per_second: str
+    seconds: str
+    language_loss: str
+
+
+@dataclass(frozen=True, slots=True)
+class Card:
+    """One prediction as shown. file: its picture beside the page, or None."""
+
+    prediction: Prediction
+    file: str | None
+
+
+def write_report(run: str | Path) -> Path:
+    """Write report/index.html and its PNGs into a run's folder; the page's path.
+
+    What the run does not have yet (no evaluation, no MoE layer) is named in its section, with the command that makes
+    it. Pictures of an earlier report are replaced.
+
+    Raises:
+        ValueError: the folder is not a run's, or one of its files is broken.
+    """
+    folder = RunFolder(run)
+    report = folder.path / "report"
+    report.mkdir(exist_ok=True)
+    for old in report.glob("*.png"):
+        old.unlink()
+    environment = Environment(
+        loader=FileSystemLoader(_TEMPLATE_FOLDER),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    page = environment.get_template("report.html.j2").render(
+        name=folder.recipe.get("name", folder.path.name),
+        run=str(run),
+        is_done=folder.is_done,
+        settings=_settings(folder.recipe),
+        facts=_facts(folder),
+        stages=_stage_rows(folder),
+        scores=folder.scores,
+        training=_training_pictures(folder, report),
+        accuracy=_accuracy_picture(folder, report),
+        routing=_routing_pictures(folder, report),
+        agreement=_agreement_pictures(folder, report),
+        cards=_cards(folder, report),
+        has_predictions=bool(folder.predictions),
+        recipe_text=yaml.safe_dump(folder.recipe, sort_keys=False, allow_unicode=True),
+        environment_text=folder.environment,
+    )
+    path = report / "index.html"
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _picture(figure: Figure | None, report: Path, name: str, title: str, text: str) -> list[Picture]:
+    """The figure saved, or nothing where there is none."""
+    if figure is None:
+        return []
+    plots.save(figure, report / f"{name}.png")
+    return [Picture(f"{name}.png", title, text)]
+
+
+def _training_pictures(folder: RunFolder, report: Path) -> list[Picture]:
+    if not folder.steps:
+        return []
+    return _picture(
+        plots.loss_by_stage(folder.steps),
+        report,
+        "loss",
+        "Loss by stage",
+        "Faint: every logged step; strong: moving average within a stage; dashed lines separate the stages.",
+    ) + _picture(
+        plots.load_over_training(folder.steps),
+        report,
+        "load-training",
+        "Expert load over training",
+        "Each line is the share of a modality's assignments that one expert gets; on the dashed line all experts get "
+        "the same.",
+    )
+
+
+def _accuracy_picture(folder: RunFolder, report: Path) -> list[Picture]:
+    if not folder.scores:
+        return []
+    return _picture(
+        plots.accuracy_by_task(folder.scores),
+        report,
+        "accuracy",
+        "Accuracy by task",
+        "A bar is the share of held-out answers that are right by free generation; the red mark is what always giving "
+        "the task's most frequent answer would score.",
+    )
+
+
+def _routing_pictures(folder: RunFolder, report: Path) -> list[Picture]:
+    if folder.routing is None:
+        return []
+    return _picture(
+        plots.load_by_modality(folder.routing),
+        report,
+        "load-modality",
+        "Token load of every expert by modality",
+        "Bars of one colour in one panel add up to 100 %: how a modality's assignments in evaluation are shared out "
+        "among the experts of a layer.",
+    ) + _picture(
+        plots.rpv_histogram(folder.routing),
+        report,
+        "rpv",
+        "Routing probability variance",
+        "RPV is the variance of a token's routing probabilities over the experts: 0 is undecided, the right end is "
+        "sure of few experts; the vertical axis is logarithmic.",
+    )
+
+
+def _agreement_pictures(folder: RunFolder, report: Path) -> list[Picture]:
+    agreement = None if folder.routing is None else plots.foreground_agreement(folder.routing)
+    return _picture(
+        plots.tail_overlay(folder.examples),
+        report,
+        "tail-examples",
+        "Tail tokens over example images",
+        "Red outlines hold the tail tokens of a layer (RPV above the mean of the image), all else is dimmed; blue "
+        "dashes are the foreground mask on the same grid.",
+    ) + _picture(
+        agreement,
+        report,
+        "tail-foreground",
+        "Tail tokens on the foreground beside chance",
+        "A dot is the measured value, the grey tick what tokens drawn at random would give: the share of foreground "
+        "(precision), the share of tail tokens (recall), one half (AUC).",
+    )
+
+
+def _cards(folder: RunFolder, report: Path) -> dict[str, list[Card]]:
+    """For each task some records, evenly spaced over the file, so that nobody chose them."""
+    cards: dict[str, list[Card]] = {}
+    for task in dict.fromkeys(prediction.task for prediction in folder.predictions):
+        records = [prediction for prediction in folder.predictions if prediction.task == task]
+        number = len(cards)
+        cards[task] = [
+            Card(record, _thumbnail(folder, record, report / f"prediction-{number}-{index}.png"))
+            for index, record in enumerate(spread(records, _PREDICTIONS_PER_TASK))
+        ]
+    return cards
+
+
+def _thumbnail(folder: RunFolder, record: Prediction, target: Path) -> str | None:
+    """A small copy of the record's image beside the page; its name. None if there is no image, or it has gone."""
+    path = folder.find_image(record.image) if record.image else None
+    if path is None:
+        return None
+    with Image.open(path) as image:
+        small = image.convert("RGB")
+    small.thumbnail((_THUMBNAIL_PIXELS, _THUMBNAIL_PIXELS))
+    small.save(target)
+    return target.name
+
+
+def _settings(recipe: dict[str, Any]) -> list[tuple[str, str]]:
+    """Rows of the table of settings: those that the recipe has."""
+    model, moe = recipe.get("model") or {}, recipe.get("moe") or {}
+    router, balance = moe.get("router") or {}, moe.get("balance") or {}
+    train, parallel = recipe.get("train") or {}, recipe.get("parallel") or {}
+    is_upcycled = any(stage.get("upcycle") for stage in recipe.get("stages") or [])
+    rows = [("Model", model.get("from_pretrained") or None)]
+    rows += [(title, _part(model.get(key))) for title, key in _PARTS]
+    if is_upcycled:
+        rows += [
+            ("Experts", f"{moe.get('num_experts')}, top {moe.get('top_k')}, layers: {_text(moe.get('layers'))}"),
+            ("Router", _router(router)),
+            ("Balance loss", f"{balance.get('coefficient')} on {_text(balance.get('on')) or 'nothing'}"),
+        ]
+    else:
+        rows.append(("Experts", "none: no stage says upcycle, the model is dense"))
+    rows += [
+        ("Parallel", f"DeepSpeed {parallel.get('deepspeed')}, expert parallel {parallel.get('expert_parallel_size')}"),
+        ("Precision", train.get("precision")),
+        ("Seed", recipe.get("seed")),
+    ]
+    return [(title, str(value)) for title, value in rows if value is not None]
+
+
+_PARTS = (("Vision tower", "vision_tower"), ("Language model", "language_model"))
+
+
+def _part(part: dict[str, Any] | None) -> str | None:
+    """Where a part of the model comes from."""
+    if not part:
+        return None
+    if part.get("from_pretrained"):
+        return str(part["from_pretrained"])
+    config = part.get("from_config") or {}
+    return f"new, from a config ({config.get('model_type', 'no model_type')})"
+
+
+def _router(router: dict[str, Any]) -> str:
+    details = [f"{key} {value}" for key, value in router.items() if key in ("tail_k", "tail_scope", "eea_select")]
+    return ", ".join([str(router.get("kind")), *(text.replace("tail_k None", "tail_k all") for text in details)])
+
+
+def _text(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _facts(folder: RunFolder) -> list[tuple[str, str]]:
+    """Numbers of the whole run."""
+    steps, facts = folder.steps, []
+    if folder.stages:
+        facts.append(("parameters", _count(folder.stages[-1]["total"])))
+    if steps:
+        tokens, seconds = _total(steps, "tokens"), _total(steps, "seconds")
+        facts += [
+            ("steps", f"{steps[-1]['global_step']:,}"),
+            ("time in logged steps", _duration(seconds)),
+            ("tokens in logged steps", _count(tokens)),
+            ("tokens a second", f"{tokens / seconds:,.0f}" if seconds else "–"),
+        ]
+    done = folder.events("done")
+    if done:
+        facts.append(("whole run", _duration(done[-1]["seconds"])))
+    skipped = Counter(event.get("reason", "no reason given") for event in folder.events("skipped"))
+    facts += [(f"skipped steps ({reason})", f"{number:,}") for reason, number in skipped.items()]
+    if folder.num_bad_samples:
+        facts.append(("bad samples left out", f"{folder.num_bad_samples:,}"))
+    return facts
+
+
+def _stage_rows(folder: RunFolder) -> list[StageRow]:
+    recipe_stages = {stage["name"]: stage for stage in folder.recipe.get("stages") or []}
+    rows = []
+    for event in folder.stages:
+        name = event["stage"]
+        steps = [step for step in folder.steps if step["stage"] == name]
+        speeds = [step["tokens_per_second"] for step in steps if step.get("tokens_per_second") is not None]
+        last = [step["language_loss"] for step in steps[-max(1, len(steps) // 20) :]]
+        rows.append(
+            StageRow(
+                name=name,
+                trains=_text(recipe_stages.get(name, {}).get("train", "–")),
+                steps=f"{event['steps']:,}",
+                global_batch=f"{event['global_batch']:,}",
+                learning_rate=f"{event['learning_rate']:g}",
+                trainable=_count(event["trainable"]),
+                tokens=_count(_total(steps, "tokens")),
+                tokens_per_second=f"{statistics.median(speeds):,.0f}" if speeds else "–",
+                seconds=_duration(_total(steps, "seconds")),
+                language_loss=f"{statistics.fmean(last):.3f}" if last else "–",
+            )
+        )
+    return rows
+
+
+def _total(steps: list[dict[str, Any]], key: str) -> float:
+    return sum(step.get(key) or 0 for step in steps)
+
+
+def _count(number: float) -> str:
+    """1234567 -> 1.23 M."""
+    scales: tuple[tuple[float, str], ...] = ((1e9, " G"), (1e6, " M"), (1e3, " k"))
+    for scale, unit in scales:
+        if number >= scale:
+            return f"{number / scale:.3g}{unit}"
+    return f"{number:g}"
+
+
+def _duration(seconds: float) -> str:
+    """4000 -> 1 h 06 min 40 s."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min {rest:02d} s"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"

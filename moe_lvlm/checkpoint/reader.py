@@ -1,0 +1,95 @@
+"""Reading a checkpoint: any range of any logical tensor, from whichever files hold it, and nothing more."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from moe_lvlm.checkpoint import layout
+from moe_lvlm.checkpoint.layout import CheckpointError, Entry, Index, Kind, Range, check_format, read_json
+
+
+class Checkpoint:
+    """An open checkpoint folder. Opening it checks the index, not the files' contents: that is `verify`.
+
+    config: the model's configuration. state: where training stood. Raises CheckpointError on a damaged folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = Path(path)
+        self.config: Mapping[str, Any] = read_json(self.path / layout.CONFIG_FILE)
+        self.state: Mapping[str, Any] = read_json(self.path / layout.STATE_FILE)
+        check_format(self.state, self.path / layout.STATE_FILE)
+        self.index = read_index(self.path)
+        self._files: dict[str, Any] = {}
+
+    def entry(self, name: str, kind: Kind) -> Entry | None:
+        """What the checkpoint knows of a logical tensor, None if it has none of that kind."""
+        return self.index.tensors.get(name, {}).get(kind)
+
+    def read_into(self, target: Tensor, name: str, kind: Kind, start: int) -> None:
+        """Fill a 1-D tensor with elements [start, start + target.numel()) of a flattened logical tensor.
+
+        The target may be of another dtype or device. Raises CheckpointError if the checkpoint has no such elements.
+        """
+        entry = self.entry(name, kind)
+        stop = start + target.numel()
+        if entry is None or not 0 <= start <= stop <= entry.numel:
+            have = "none" if entry is None else f"{entry.numel} elements"
+            raise CheckpointError(f"{self.path}: elements [{start}, {stop}) of {name} ({kind}) wanted, has {have}")
+        for piece in entry.ranges:
+            first, last = max(start, piece.start), min(stop, piece.stop)
+            if first < last:
+                target[first - start : last - start].copy_(self._read(piece, first, last))
+
+    def read(self, name: str, kind: Kind, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of a flattened logical tensor, in its stored dtype, on the CPU."""
+        entry = self.entry(name, kind)
+        dtype = torch.float32 if entry is None else entry.dtype
+        values = torch.empty(max(stop - start, 0), dtype=dtype)
+        self.read_into(values, name, kind, start)
+        return values
+
+    def rng(self, rank: int) -> dict[str, Tensor] | None:
+        """The generators of that rank of the run that saved, None if it had no such rank: `restore_rng`."""
+        path = self.path / layout.rng_file(rank)
+        return safetensors.torch.load_file(path) if path.is_file() else None
+
+    def _read(self, piece: Range, start: int, stop: int) -> Tensor:
+        try:
+            if piece.file not in self._files:
+                self._files[piece.file] = safetensors.safe_open(self.path / piece.file, framework="pt")
+            part: Tensor = self._files[piece.file].get_slice(piece.key)[start - piece.start : stop - piece.start]
+        except (safetensors.SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self.path / piece.file}: {piece.key}: {error}") from error
+        if part.numel() != stop - start:
+            raise CheckpointError(
+                f"{self.path / piece.file}: {piece.key} has fewer elements than the {piece.stop - piece.start} "
+                f"that {layout.INDEX_FILE} says"
+            )
+        return part
+
+
+def read_index(path: Path) -> Index:
+    """A checkpoint folder's index. Raises CheckpointError if its ranges have holes or overlaps."""
+    index = Index.from_json(read_json(path / layout.INDEX_FILE), path / layout.INDEX_FILE)
+    if problems := index.problems():
+        raise CheckpointError(f"{path}: {'; '.join(problems[:5])}")
+    return index
+
+
+def row_elements(shape: tuple[int, ...], start: int | None, stop: int | None, what: str) -> tuple[int, int]:
+    """Flat range of the rows [start, stop) of dimension 0; None means from the first, to the last."""
+    rows = shape[0] if shape else 1
+    first, last = 0 if start is None else start, rows if stop is None else stop
+    if not 0 <= first <= last <= rows:
+        raise ValueError(f"{what}: rows [{first}, {last}) wanted, has {rows}")
+    width = math.prod(shape[1:])
+    return first * width, last * width

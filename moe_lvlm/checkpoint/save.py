@@ -1,0 +1,241 @@
+"""Writing a checkpoint: every rank its share, all or nothing.
+
+Each rank writes what it owns into a temporary folder; rank 0 adds index, state and, last, the manifest; the folder is
+renamed and `latest` replaced. Files and folders are fsynced before each of these steps. At the end of each phase all
+ranks hear of every rank's failure and raise together, so that a full disk on one of them neither hangs the others nor
+touches the previous checkpoint.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from moe_lvlm.checkpoint import layout
+from moe_lvlm.checkpoint.files import FileRecord, free_bytes, fsync_folder, write_json, write_safetensors
+from moe_lvlm.checkpoint.folder import Log, publish, retire, temporary_path, tidy
+from moe_lvlm.checkpoint.fragments import Fragment, LiveTraining
+from moe_lvlm.checkpoint.layout import Entry, Index, Kind, Range, check_name
+from moe_lvlm.checkpoint.ranks import Ranks, SaveError, agree
+
+_RESERVED = {"format_version", "engine", "learning_rates", "saved_world_size"}
+_SLACK_BYTES = 16 * 2**20  # JSON files, headers, generators
+_Result = TypeVar("_Result")
+
+
+@dataclass(frozen=True, slots=True)
+class SaveReport:
+    """What a save wrote: the folder, the bytes of all its files over all ranks, and the time it took."""
+
+    path: Path
+    bytes: int
+    seconds: float
+
+
+class Owned(NamedTuple):
+    """Identity of a fragment, and its bytes: equal on all ranks that hold the same one."""
+
+    name: str
+    kind: Kind
+    start: int
+    stop: int
+    num_bytes: int
+
+
+class Written(NamedTuple):
+    """A fragment that a rank has written. All that rank 0 needs for the index."""
+
+    name: str
+    kind: Kind
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    step: float | None
+    range: Range
+
+
+def save_checkpoint(
+    directory: Path,
+    name: str,
+    training: LiveTraining,
+    *,
+    config: Mapping[str, Any],
+    state: Mapping[str, Any],
+    rng: Mapping[str, Tensor],
+    ranks: Ranks,
+    log: Log,
+    keep_last: int | None = None,
+    protect: Collection[str] = (),
+) -> SaveReport:
+    """Write `directory`/`name` and make it the latest. Every rank calls it, at the same step.
+
+    config: the model's configuration (JSON). state: the same on all ranks (JSON), with an int `global_step`.
+    rng: this rank's generators (`capture_rng`). keep_last: how many checkpoints stay besides those named in
+    `protect`; None keeps all. Raises SaveError on all ranks, and leaves everything as it was, if any rank fails.
+    """
+    started = time.monotonic()
+    directory = Path(directory)
+    temporary = temporary_path(directory, check_name(name))
+
+    fragments, everything = _together(ranks, "begin", lambda: _begin(directory, temporary, training, state, ranks, log))
+    try:
+        replicated = [_owned(one) for one in fragments if one.is_replicated]
+        plans = ranks.all_gather((replicated, sum(one.num_bytes for one in fragments if not one.is_replicated)))
+        mine = _together(ranks, "find room", lambda: _claim(fragments, plans, directory, ranks.rank))
+        written, records = _together(ranks, "write", lambda: _write_rank(temporary, ranks.rank, mine, rng))
+        gathered = ranks.all_gather((written, records))
+        total = _together(
+            ranks, "write the index", lambda: _write_rest(temporary, config, everything, gathered, ranks.rank)
+        )
+        _together(ranks, "publish", lambda: publish(directory, name) if ranks.rank == 0 else None)
+    except SaveError:
+        if ranks.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)  # what stays is removed by the next save
+        raise
+    if ranks.rank == 0 and keep_last is not None:
+        _retire(directory, keep_last, {*protect, name}, log)
+    return SaveReport(directory / name, ranks.all_gather(total)[0], time.monotonic() - started)
+
+
+def choose_writers(held: Sequence[Sequence[Owned]], load: Sequence[int]) -> dict[Owned, int]:
+    """Who writes each replicated fragment: of the ranks that hold it, the one with the fewest bytes so far.
+
+    held: the replicated fragments of each rank. load: bytes that each rank writes anyway.
+    """
+    holders: dict[Owned, list[int]] = {}
+    for rank, fragments in enumerate(held):
+        for fragment in fragments:
+            holders.setdefault(fragment, []).append(rank)
+    total = list(load)
+    writers = {}
+    for fragment in sorted(holders, key=lambda one: (-one.num_bytes, one)):
+        writer = min(holders[fragment], key=lambda rank: (total[rank], rank))
+        writers[fragment] = writer
+        total[writer] += fragment.num_bytes
+    return writers
+
+
+def _together(ranks: Ranks, phase: str, work: Callable[[], _Result]) -> _Result:
+    """Do this rank's part of a phase; SaveError on all ranks if it failed on any."""
+    error: Exception | None = None
+    result: _Result | None = None
+    try:
+        result = work()
+    except Exception as caught:  # whatever it is, the other ranks wait to hear of it
+        error = caught
+    agree(ranks, error, phase)
+    return result  # type: ignore[return-value]  # agree has raised if there is none
+
+
+def _begin(
+    directory: Path, temporary: Path, training: LiveTraining, state: Mapping[str, Any], ranks: Ranks, log: Log
+) -> tuple[list[Fragment], dict[str, Any]]:
+    if taken := _RESERVED & set(state):
+        raise ValueError(f"state: keys {sorted(taken)} are written by save_checkpoint itself")
+    if not isinstance(state.get("global_step"), int):
+        raise ValueError(f"state: global_step is {state.get('global_step')!r}, must be an int")
+    if ranks.rank == 0:
+        directory.mkdir(parents=True, exist_ok=True)
+        tidy(directory, log)
+        temporary.mkdir()
+    everything = {
+        "format_version": layout.FORMAT_VERSION,
+        "saved_world_size": ranks.world_size,
+        "learning_rates": training.learning_rates(),
+        "engine": training.facts(),
+        **state,
+    }
+    return list(training.fragments()), everything
+
+
+def _claim(
+    fragments: Sequence[Fragment], plans: Sequence[tuple[Sequence[Owned], int]], directory: Path, rank: int
+) -> list[Fragment]:
+    """The fragments that this rank writes. Raises OSError if all ranks' together do not fit on the disk."""
+    load = [partitioned for _, partitioned in plans]
+    writers = choose_writers([replicated for replicated, _ in plans], load)
+    needed = sum(load) + sum(fragment.num_bytes for fragment in writers) + _SLACK_BYTES
+    if (free := free_bytes(directory)) < needed:
+        raise OSError(f"{directory}: {free:,} bytes free, {needed:,} needed: free some or lower keep_last")
+    return [one for one in fragments if not one.is_replicated or writers[_owned(one)] == rank]
+
+
+def _owned(fragment: Fragment) -> Owned:
+    return Owned(fragment.name, fragment.kind, fragment.start, fragment.stop, fragment.num_bytes)
+
+
+def _write_rank(
+    temporary: Path, rank: int, fragments: Sequence[Fragment], rng: Mapping[str, Tensor]
+) -> tuple[list[Written], dict[str, FileRecord]]:
+    file = layout.rank_file(rank)
+    written = []
+    for one in fragments:
+        key = f"{one.name}:{one.kind}:{one.start}"
+        piece = Range(one.start, one.stop, file, key)
+        written.append(Written(one.name, one.kind, one.tensor.dtype, one.shape, one.step, piece))
+    tensors = [(entry.range.key, one.tensor) for entry, one in zip(written, fragments, strict=True)]
+    records = {file: write_safetensors(temporary / file, tensors)}
+    records[layout.rng_file(rank)] = write_safetensors(temporary / layout.rng_file(rank), list(rng.items()))
+    return written, records
+
+
+def _write_rest(
+    temporary: Path,
+    config: Mapping[str, Any],
+    state: Mapping[str, Any],
+    gathered: Sequence[tuple[Sequence[Written], Mapping[str, FileRecord]]],
+    rank: int,
+) -> int:
+    """Rank 0 writes what concerns all. Returns the bytes of all files."""
+    if rank != 0:
+        return 0
+    files = {file: record for _, records in gathered for file, record in records.items()}
+    for file, record in files.items():
+        if not (temporary / file).is_file() or (temporary / file).stat().st_size != record.size:
+            raise OSError(f"{temporary / file}: rank 0 does not see what another rank wrote; use a shared file system")
+    index = merge_index([entry for written, _ in gathered for entry in written])
+    files[layout.INDEX_FILE] = write_json(temporary / layout.INDEX_FILE, index.to_json())
+    files[layout.CONFIG_FILE] = write_json(temporary / layout.CONFIG_FILE, config)
+    files[layout.STATE_FILE] = write_json(temporary / layout.STATE_FILE, state)
+    manifest = {
+        "format_version": layout.FORMAT_VERSION,
+        "files": {file: asdict(record) for file, record in sorted(files.items())},
+    }
+    record = write_json(temporary / layout.MANIFEST_FILE, manifest)
+    fsync_folder(temporary)
+    return record.size + sum(one.size for one in files.values())
+
+
+def merge_index(written: Sequence[Written]) -> Index:
+    """The index of what all ranks wrote. Raises ValueError on contradictions, holes and overlaps."""
+    tensors: dict[str, dict[Kind, Entry]] = {}
+    for one in written:
+        kinds = tensors.setdefault(one.name, {})
+        before = kinds.get(one.kind, Entry(dtype=one.dtype, shape=one.shape, ranges=(), step=one.step))
+        if (before.dtype, before.shape, before.step) != (one.dtype, one.shape, one.step):
+            raise ValueError(
+                f"{one.name} ({one.kind}): ranks disagree: {before.dtype} {before.shape} step {before.step} against "
+                f"{one.dtype} {one.shape} step {one.step}"
+            )
+        ranges = (*before.ranges, one.range)
+        kinds[one.kind] = Entry(dtype=one.dtype, shape=one.shape, ranges=ranges, step=one.step)
+    index = Index(tensors)
+    if problems := index.problems():
+        raise ValueError("; ".join(problems[:5]))
+    return index
+
+
+def _retire(directory: Path, keep_last: int, protect: Collection[str], log: Log) -> None:
+    try:
+        removed = retire(directory, keep_last, protect)
+    except OSError as error:  # the new checkpoint is safe: no reason to end a run
+        log(f"{directory}: old checkpoints could not be removed: {error}")
+        return
+    for name in removed:
+        log(f"{directory / name}: removed, keep_last is {keep_last}")

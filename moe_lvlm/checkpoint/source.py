@@ -1,0 +1,147 @@
+"""Weights by name and rows, for building a model: out of our checkpoints, or out of Hugging Face safetensors folders."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import safetensors
+import torch
+from torch import Tensor
+
+from moe_lvlm.checkpoint.layout import DTYPES, INDEX_FILE, MANIFEST_FILE, CheckpointError, Entry, Kind, read_json
+from moe_lvlm.checkpoint.reader import Checkpoint, row_elements
+
+SAFETENSORS_FILE = "model.safetensors"
+SAFETENSORS_INDEX = "model.safetensors.index.json"
+
+
+class WeightSource(Protocol):
+    """Model weights that can be read a tensor, or some of its rows, at a time."""
+
+    def names(self) -> Sequence[str]:
+        """All tensors, in a fixed order."""
+        ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def dtype(self, name: str) -> torch.dtype: ...
+
+    def read(self, name: str, start: int | None = None, stop: int | None = None) -> Tensor:
+        """Rows [start, stop) of dimension 0 on the CPU; None means from the first, to the last."""
+        ...
+
+
+def open_source(path: Path) -> WeightSource:
+    """The weights in a folder. Raises CheckpointError on any but a checkpoint of ours or a safetensors folder."""
+    path = Path(path)
+    if (path / MANIFEST_FILE).is_file() or (path / INDEX_FILE).is_file():
+        return CheckpointSource(Checkpoint(path))
+    if (path / SAFETENSORS_INDEX).is_file() or (path / SAFETENSORS_FILE).is_file():
+        return SafetensorsSource(path)
+    allowed = f"allowed are a checkpoint ({MANIFEST_FILE}), {SAFETENSORS_FILE} or {SAFETENSORS_INDEX}"
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such folder; {allowed}")
+    found = sorted(entry.name for entry in path.iterdir())
+    if any(name.endswith((".bin", ".pt", ".pth")) for name in found):
+        allowed += "; pickle files (.bin, .pt, .pth) can run code when they are loaded, save them as safetensors first"
+    raise CheckpointError(f"{path}: has {', '.join(found[:10]) or 'nothing'}; {allowed}")
+
+
+class CheckpointSource:
+    """Weights of one of our checkpoints: the float32 master where there is one, else the stored weight."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._kinds: dict[str, Kind] = {
+            name: "master" if "master" in kinds else "weight" for name, kinds in checkpoint.index.tensors.items()
+        }
+
+    def names(self) -> Sequence[str]:
+        return list(self._kinds)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._entry(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._entry(name).dtype
+
+    def read(self, name: str, start: int | None = None, stop: int | None = None) -> Tensor:
+        shape = self.shape(name)
+        first, last = row_elements(shape, start, stop, f"{self._checkpoint.path}: {name}")
+        values = self._checkpoint.read(name, self._kinds[name], first, last)
+        return values.view(_rows_shape(shape, start, stop))
+
+    def _entry(self, name: str) -> Entry:
+        entry = self._checkpoint.entry(name, self._kinds[name]) if name in self._kinds else None
+        if entry is None:
+            raise CheckpointError(f"{self._checkpoint.path}: has no weight {name!r}")
+        return entry
+
+
+class SafetensorsSource:
+    """Weights of a folder with `model.safetensors`, or with shards and their index."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = Path(path)
+        self._files: dict[str, Any] = {}
+        if (self._path / SAFETENSORS_INDEX).is_file():
+            self._file_of = _read_weight_map(self._path)
+        else:
+            self._file_of = dict.fromkeys(self._open(SAFETENSORS_FILE).keys(), SAFETENSORS_FILE)
+
+    def names(self) -> Sequence[str]:
+        return list(self._file_of)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        stored = self._slice(name).get_dtype()
+        if stored not in DTYPES:
+            raise CheckpointError(f"{self._path}: {name} is {stored}, allowed are {', '.join(DTYPES)}")
+        return DTYPES[stored]
+
+    def read(self, name: str, start: int | None = None, stop: int | None = None) -> Tensor:
+        shape = self.shape(name)
+        row_elements(shape, start, stop, f"{self._path}: {name}")
+        if not shape:
+            return self._open(self._file_of[name]).get_tensor(name)
+        return self._slice(name)[start:stop]
+
+    def _slice(self, name: str) -> Any:
+        if name not in self._file_of:
+            raise CheckpointError(f"{self._path}: has no weight {name!r}")
+        try:
+            return self._open(self._file_of[name]).get_slice(name)
+        except safetensors.SafetensorError as error:
+            raise CheckpointError(f"{self._path / self._file_of[name]}: {name}: {error}") from error
+
+    def _open(self, file: str) -> Any:
+        if file not in self._files:
+            try:
+                self._files[file] = safetensors.safe_open(self._path / file, framework="pt")
+            except (safetensors.SafetensorError, OSError) as error:
+                raise CheckpointError(f"{self._path / file}: not a readable safetensors file: {error}") from error
+        return self._files[file]
+
+
+def _read_weight_map(path: Path) -> dict[str, str]:
+    where = path / SAFETENSORS_INDEX
+    data = read_json(where)
+    weight_map = data.get("weight_map") if isinstance(data, dict) else None
+    if not isinstance(weight_map, dict):
+        raise CheckpointError(f"{where}: has no weight_map: {json.dumps(data)[:80]}")
+    for name, file in weight_map.items():
+        # a plain file name: nothing in a downloaded index may make us open a file elsewhere
+        if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
+            raise CheckpointError(f"{where}: {name} is in {file!r}, allowed are names of files in the same folder")
+    return dict(weight_map)
+
+
+def _rows_shape(shape: tuple[int, ...], start: int | None, stop: int | None) -> tuple[int, ...]:
+    if not shape:
+        return ()
+    return ((shape[0] if stop is None else stop) - (start or 0), *shape[1:])

@@ -1,0 +1,245 @@
+"""The `moe-lvlm` command. What needs torch is imported by the handler of a command, so that --help is quick."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moe_lvlm import __version__
+
+if TYPE_CHECKING:
+    from moe_lvlm.config.recipe import Recipe
+
+USER_ERROR = 2
+INTERRUPTED = 130
+# What a user can cause and mend. Anything else is ours and keeps its traceback.
+_USER_ERRORS = (ValueError, FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
+
+
+def build_parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.ArgumentParser]]:
+    """The parser of the whole line, and that of each command."""
+    parser = argparse.ArgumentParser(
+        prog="moe-lvlm",
+        description="Train, evaluate and look into mixture-of-experts vision-language models.",
+        epilog="example: moe-lvlm train quickstart --dry-run",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_train(commands)
+    _add_eval(commands)
+    _add_report(commands)
+    _add_chat(commands)
+    _add_recipes(commands)
+    return parser, commands.choices
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command. Returns the exit status: 0, 2 for a user's mistake, 130 when interrupted."""
+    arguments = _parse(sys.argv[1:] if argv is None else list(argv))
+    try:
+        arguments.handler(arguments)
+    except KeyboardInterrupt:
+        _complain("interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output (`| head`) has gone. Python would complain again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except _USER_ERRORS as error:
+        if arguments.debug:
+            raise
+        _complain(f"error: {error}")
+        return USER_ERROR
+    return 0
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
+    """Parse. Positional arguments may stand before, between and after options, which a subparser does not allow."""
+    parser, commands = build_parser()
+    if argv and argv[0] in commands:
+        return commands[argv[0]].parse_intermixed_args(argv[1:])
+    return parser.parse_args(argv)
+
+
+def _complain(message: str) -> None:
+    """To stderr; of the processes that torchrun starts, only the first speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, file=sys.stderr)
+
+
+def _command(
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, help_text: str, example: str
+) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name,
+        help=help_text,
+        description=f"{help_text[0].upper()}{help_text[1:]}.",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser
+
+
+def _add_recipe_arguments(parser: argparse.ArgumentParser, *, recipe_is_optional: bool = False) -> None:
+    parser.add_argument(
+        "recipe",
+        metavar="RECIPE",
+        nargs="?" if recipe_is_optional else None,
+        help="a name from `moe-lvlm recipes`, or the path of a YAML file",
+    )
+    parser.add_argument(
+        "overrides", metavar="key=value", nargs="*", help="settings in place of the recipe's, such as stages.0.steps=20"
+    )
+
+
+def _add_run_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", metavar="RUN", type=Path, help="the folder of a run, such as runs/quickstart")
+
+
+def _add_device_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: a whole number above 0")
+    return int(text)
+
+
+def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(
+        commands,
+        "train",
+        "train the stages of a recipe, or go on where an unfinished run stopped",
+        "torchrun --standalone --nproc_per_node 2 -m moe_lvlm train quickstart train.precision=bf16",
+    )
+    _add_recipe_arguments(parser)
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the resolved recipe, parameters and expected memory; train nothing",
+    )
+    start = parser.add_mutually_exclusive_group()
+    start.add_argument("--resume", action="store_true", help="go on where an unfinished run stopped (the default)")
+    start.add_argument(
+        "--fresh", action="store_true", help="start from the beginning, over what the run's folder holds"
+    )
+    parser.set_defaults(handler=_train)
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    from moe_lvlm.config.deepspeed import resolve_deepspeed
+    from moe_lvlm.config.load import load_recipe
+
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    if arguments.dry_run:
+        from moe_lvlm.training.dry_run import describe
+
+        print(describe(recipe))
+        return
+    for stage in recipe.stages:  # find what does not fit before torch is loaded and processes meet
+        resolve_deepspeed(recipe, stage, int(os.environ.get("WORLD_SIZE", "1")))
+
+    from moe_lvlm.training.run import train
+
+    train(recipe, resume=not arguments.fresh)
+
+
+def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(
+        commands,
+        "eval",
+        "answer the questions of a run's evaluation sets by free generation, and score the answers",
+        "moe-lvlm eval runs/quickstart --limit 100",
+    )
+    _add_run_argument(parser)
+    parser.add_argument("--limit", type=_positive, metavar="N", help="at most N records of each set")
+    parser.add_argument("--batch-size", type=_positive, metavar="N", help="default: the recipe's evaluation.batch_size")
+    _add_device_arguments(parser)
+    parser.set_defaults(handler=_eval)
+
+
+def _eval(arguments: argparse.Namespace) -> None:
+    from moe_lvlm.evaluation.runner import evaluate
+
+    evaluate(
+        arguments.run,
+        limit=arguments.limit,
+        batch_size=arguments.batch_size,
+        device=arguments.device,
+        dtype=arguments.dtype,
+    )
+
+
+def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(
+        commands,
+        "report",
+        "draw a run's losses, scores and routing into one HTML page",
+        "moe-lvlm report runs/quickstart",
+    )
+    _add_run_argument(parser)
+    parser.set_defaults(handler=_report)
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    from moe_lvlm.analysis.report import write_report
+
+    print(f"report: {write_report(arguments.run)}")
+
+
+def _add_chat(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(
+        commands,
+        "chat",
+        "ask a run's model about an image: one question, or a conversation when none is given",
+        'moe-lvlm chat runs/quickstart --image scene.png "what color is the background ?"',
+    )
+    _add_run_argument(parser)
+    parser.add_argument("--image", type=Path, help="the image to ask about (left out: text alone)")
+    parser.add_argument(
+        "question", metavar="QUESTION", nargs="?", help="left out: questions are read from the terminal"
+    )
+    parser.set_defaults(handler=_chat)
+
+
+def _chat(arguments: argparse.Namespace) -> None:
+    from moe_lvlm.evaluation.chat import chat
+
+    chat(arguments.run, arguments.image, arguments.question)
+
+
+def _add_recipes(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = _command(
+        commands,
+        "recipes",
+        "list the recipes, or print one with its defaults and overrides filled in",
+        "moe-lvlm recipes quickstart stages.0.steps=20",
+    )
+    _add_recipe_arguments(parser, recipe_is_optional=True)
+    parser.add_argument("--folder", action="store_true", help="print only the folder that the recipe's run goes to")
+    parser.set_defaults(handler=_recipes)
+
+
+def _recipes(arguments: argparse.Namespace) -> None:
+    from moe_lvlm.config.load import dump_recipe, list_recipes, load_recipe, recipe_path
+
+    if arguments.recipe is None:
+        for name in list_recipes():
+            first_line = recipe_path(name).read_text(encoding="utf-8").partition("\n")[0]
+            print(f"{name:24} {first_line.removeprefix('#').strip()}")
+        return
+    recipe = load_recipe(arguments.recipe, arguments.overrides)
+    print(_run_folder(recipe) if arguments.folder else dump_recipe(recipe).rstrip())
+
+
+def _run_folder(recipe: Recipe) -> Path:
+    return Path(recipe.output_dir or Path("runs") / recipe.name)

@@ -1,0 +1,1 @@
+"""What a run is: typed, frozen, validated settings; YAML with overrides; the dict that DeepSpeed gets."""

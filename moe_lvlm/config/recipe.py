@@ -1,0 +1,250 @@
+"""A recipe: everything that a training run is, from its model to its stages."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from moe_lvlm.config.base import Settings
+from moe_lvlm.config.moe import MoEConfig
+
+Template = Literal["plain", "chat"]
+
+
+class PartSettings(Settings):
+    """A pretrained part (`from_pretrained`: a folder, a hub name, or `package:<pack>/<folder>`) or a new one
+    (`from_config`: keys of its transformers config, `model_type` among them; random weights)."""
+
+    from_pretrained: str | None = None
+    from_config: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _check_one(self) -> PartSettings:
+        if (self.from_pretrained is None) == (self.from_config is None):
+            raise ValueError("give exactly one of from_pretrained and from_config")
+        return self
+
+
+class VisionTowerSettings(PartSettings):
+    """CLIP, SigLIP or DINOv2.
+
+    feature_layer: the hidden state that is used, -2 as in LLaVA. feature_select: `default` leaves the class token
+    out, `full` keeps all (towers without a class token).
+    """
+
+    feature_layer: int = -2
+    feature_select: Literal["default", "full"] = "default"
+
+
+class MLPConnectorSettings(Settings):
+    """LLaVA's two-layer projector."""
+
+    kind: Literal["mlp"] = "mlp"
+    activation: str = "gelu"
+    bias: bool = True
+
+
+class ModelSettings(Settings):
+    """The parts of the model, or `from_pretrained`: a LLaVA-layout folder or a run of ours to start from whole.
+
+    tokenizer: a folder, a hub name or `package:...`; None takes the language model's.
+    image_processor: the same; None takes the vision tower's, or CLIP's defaults at the tower's size.
+    image_token: the mark that stands for an image in text; added to the tokenizer if it is new.
+    """
+
+    from_pretrained: str | None = None
+    vision_tower: VisionTowerSettings | None = None
+    connector: MLPConnectorSettings = MLPConnectorSettings()
+    language_model: PartSettings | None = None
+    tokenizer: str | None = None
+    image_processor: str | None = None
+    image_token: str = "<image>"
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    trust_remote_code: bool = False
+
+    @model_validator(mode="after")
+    def _check_source(self) -> ModelSettings:
+        parts = (self.vision_tower is not None, self.language_model is not None)
+        if self.from_pretrained is None and not all(parts):
+            raise ValueError("give vision_tower and language_model, or from_pretrained for a whole model")
+        if self.from_pretrained is not None and any(parts):
+            raise ValueError("from_pretrained gives the whole model: leave vision_tower and language_model out")
+        return self
+
+
+class SourceSettings(Settings):
+    """One dataset of a mixture.
+
+    source: the reader; `llava_json` is a JSON list, or JSON lines, of LLaVA records.
+    path: relative to `data.image_root`, absolute, or `package:...`.
+    weight: how often a record of it is drawn beside records of the others: an epoch holds weight x len records.
+    image_root: where this dataset's images lie; None takes `data.image_root`.
+    """
+
+    source: Literal["llava_json"] = "llava_json"
+    path: str
+    weight: float = Field(default=1.0, gt=0)
+    name: str | None = None
+    image_root: str | None = None
+
+
+class DataSettings(Settings):
+    """What is read and how it becomes tokens.
+
+    template: `chat` renders the conversation with the chat template, loss on the answers; `plain` is LLaVA's stage I:
+        the images followed by the caption, loss on the caption.
+    chat_template: `tokenizer` (its own), `vicuna_v1`, or the path of a Jinja file.
+    bad_sample_limit: share of records that may be bad (skipped, counted, listed in the run's bad_samples.jsonl)
+        before the run stops.
+    """
+
+    image_root: str = "."
+    mixture: tuple[SourceSettings, ...] = ()
+    template: Template = "chat"
+    chat_template: str = "tokenizer"
+    max_length: int = Field(default=2048, ge=8)
+    bad_sample_limit: float = Field(default=0.001, ge=0, le=1)
+    num_workers: int = Field(default=0, ge=0)
+
+
+class OptimizerSettings(Settings):
+    """AdamW. Weight decay leaves out biases, norms and other vectors."""
+
+    kind: Literal["adamw"] = "adamw"
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+
+
+class ScheduleSettings(Settings):
+    """Learning rate over a stage: linear warm-up, then `cosine` or `linear` to `final_ratio`, or `constant`."""
+
+    kind: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_ratio: float = Field(default=0.03, ge=0, le=1)
+    warmup_steps: int | None = Field(default=None, ge=0)
+    final_ratio: float = Field(default=0.0, ge=0, le=1)
+
+
+class CheckpointSettings(Settings):
+    """every: steps between saves (0: at the end of each stage only). keep_last: how many are kept besides the ends
+    of stages."""
+
+    every: int = Field(default=0, ge=0)
+    keep_last: int = Field(default=2, ge=1)
+
+
+class TrainSettings(Settings):
+    """How a step is made, the same for all stages.
+
+    loss_average: `step` divides the sum of token losses by the supervised tokens of the whole step; `micro_batch`
+        averages each micro-batch by itself (compat with DeepSpeed's and LLaVA's code).
+    """
+
+    precision: Literal["fp32", "bf16"] = "bf16"
+    gradient_clipping: float = Field(default=1.0, ge=0)
+    gradient_checkpointing: bool = False
+    loss_average: Literal["step", "micro_batch"] = "step"
+    optimizer: OptimizerSettings = OptimizerSettings()
+    schedule: ScheduleSettings = ScheduleSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    log_every: int = Field(default=10, ge=1)
+    max_skipped_steps: int = Field(default=5, ge=1)
+
+
+class ParallelSettings(Settings):
+    """deepspeed: a name under ds_configs/ (zero1, zero2, zero2_offload, zero3, zero3_offload) or the path of a JSON
+    file. expert_parallel_size must divide the number of experts and the number of processes."""
+
+    expert_parallel_size: int = Field(default=1, ge=1)
+    deepspeed: str = "zero2"
+
+
+class StageSettings(Settings):
+    """What is trained, on which data, for how long.
+
+    train: parts by name (connector, language_model, vision_tower, moe, router, experts, dense_ffn), or
+        `re:<regular expression>` on parameter names.
+    upcycle: the stage begins by turning the dense model into the recipe's MoE model.
+    steps or epochs: exactly one.
+    micro_batch: samples of one forward pass; global_batch: samples of a step, a multiple of it.
+    mixture, template: in place of those under `data`.
+    """
+
+    name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
+    train: tuple[str, ...] = Field(min_length=1)
+    upcycle: bool = False
+    steps: int | None = Field(default=None, ge=1)
+    epochs: float | None = Field(default=None, gt=0)
+    micro_batch: int = Field(default=1, ge=1)
+    global_batch: int = Field(default=1, ge=1)
+    learning_rate: float = Field(gt=0)
+    mixture: tuple[SourceSettings, ...] | None = None
+    template: Template | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> StageSettings:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give exactly one of steps and epochs")
+        if self.global_batch % self.micro_batch:
+            raise ValueError(f"global_batch: {self.global_batch} is not a multiple of micro_batch ({self.micro_batch})")
+        return self
+
+
+class TaskSettings(Settings):
+    """One evaluation set: records in the LLaVA layout whose `task` names the score they count for.
+
+    metric: `exact_match` compares the normalised answer with the record's.
+    """
+
+    name: str
+    path: str
+    image_root: str | None = None
+    metric: Literal["exact_match"] = "exact_match"
+    max_new_tokens: int = Field(default=16, ge=1)
+    limit: int | None = Field(default=None, ge=1)
+
+
+class EvaluationSettings(Settings):
+    tasks: tuple[TaskSettings, ...] = ()
+    batch_size: int = Field(default=32, ge=1)
+
+
+class Recipe(Settings):
+    """A whole run. `train(recipe)` writes it, resolved, beside its results.
+
+    output_dir: the run's folder; None is runs/<name>.
+    """
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    seed: int = Field(default=0, ge=0)
+    output_dir: str | None = None
+    model: ModelSettings
+    moe: MoEConfig = MoEConfig()
+    data: DataSettings = DataSettings()
+    train: TrainSettings = TrainSettings()
+    parallel: ParallelSettings = ParallelSettings()
+    stages: Annotated[tuple[StageSettings, ...], Field(min_length=1)]
+    evaluation: EvaluationSettings = EvaluationSettings()
+
+    @field_validator("stages")
+    @classmethod
+    def _check_names(cls, stages: tuple[StageSettings, ...]) -> tuple[StageSettings, ...]:
+        names = [stage.name for stage in stages]
+        if len(set(names)) != len(names):
+            raise ValueError(f"each stage needs a name of its own, got {names}")
+        if sum(stage.upcycle for stage in stages) > 1:
+            raise ValueError("at most one stage may say upcycle: true")
+        return stages
+
+    @model_validator(mode="after")
+    def _check_parallel(self) -> Recipe:
+        size = self.parallel.expert_parallel_size
+        if self.moe.num_experts % size:
+            raise ValueError(
+                f"parallel.expert_parallel_size: {size} does not divide moe.num_experts ({self.moe.num_experts})"
+            )
+        for stage in self.stages:
+            if not (stage.mixture or self.data.mixture):
+                raise ValueError(f"stage {stage.name}: no data; give data.mixture or the stage's own mixture")
+        return self

@@ -1,0 +1,182 @@
+"""A record as the model sees it: token ids with one placeholder a visual token, labels, pixels.
+
+S sequence   n images   C, H, W channels, height, width
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from transformers import LlavaProcessor
+
+from moe_lvlm.data.errors import ImageSizeError, RecordFault, TemplateError
+from moe_lvlm.data.images import load_image
+from moe_lvlm.data.records import IMAGE_MARK, Record, Turn, check_turns
+from moe_lvlm.data.templates import Rendered, Span, Template, tokenize
+
+IGNORED_LABEL = -100
+
+NumImageTokens = Callable[[LlavaProcessor, int, int], int]
+"""(processor, height, width of the processed image) -> placeholders."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """One conversation, ready for a batch.
+
+    key: `<dataset>/<index>`. input_ids [S] int64, image marks expanded. labels [S] int64, not shifted, -100 except on
+    answers. instruction [S] bool, the user's words without image tokens. pixel_values [n, C, H, W] float32, or None.
+    image_tokens: placeholders of each image.
+    """
+
+    key: str
+    dataset: str
+    task: str | None
+    input_ids: Tensor
+    labels: Tensor
+    instruction: Tensor
+    pixel_values: Tensor | None
+    image_tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prompt:
+    """What generation starts from: fields as in `Sample`."""
+
+    input_ids: Tensor
+    instruction: Tensor
+    pixel_values: Tensor | None
+    image_tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Tokens:
+    ids: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    instruction: NDArray[np.bool_]
+
+
+class SampleBuilder:
+    """Makes samples for training and prompts for generation, by one code path: the ids of a prompt are those that the
+    training sample of the same conversation begins with.
+
+    A sample of more than `max_length` tokens is cut on the right if all image tokens and at least one supervised token
+    remain; else it is bad. A prompt is never cut.
+    """
+
+    def __init__(
+        self, processor: LlavaProcessor, template: Template, *, num_image_tokens: NumImageTokens, max_length: int
+    ) -> None:
+        self.processor = processor
+        self.template = template
+        self.max_length = max_length
+        self._num_image_tokens = num_image_tokens
+
+    def sample(self, record: Record, image_root: Path, *, dataset: str, key: str) -> Sample:
+        """The training sample of a record. Raises RecordFault."""
+        images = [load_image(image_root, path) for path in record.images]
+        tokens, pixel_values, image_tokens = self._encode(record.turns, images)
+        tokens = self._cut(tokens)
+        return Sample(
+            key=key,
+            dataset=dataset,
+            task=record.task,
+            input_ids=torch.from_numpy(tokens.ids),
+            labels=torch.from_numpy(tokens.labels),
+            instruction=torch.from_numpy(tokens.instruction),
+            pixel_values=pixel_values,
+            image_tokens=image_tokens,
+        )
+
+    def prompt(self, turns: Sequence[Turn], images: Sequence[Image.Image]) -> Prompt:
+        """What the model goes on from: a conversation whose last turn is a human's. images: RGB, one a mark.
+
+        Raises RecordFault if turns do not alternate, end in an answer, or marks and images differ in number.
+        """
+        turns = tuple(turns)
+        num_marks = check_turns(turns)
+        if turns[-1].role != "human":
+            raise RecordFault("the last turn of a prompt is an answer; it must be a human's")
+        if num_marks != len(images):
+            raise RecordFault(f"the turns hold {num_marks} {IMAGE_MARK} mark(s) for {len(images)} image(s)")
+        tokens, pixel_values, image_tokens = self._encode(turns, images)
+        return Prompt(
+            input_ids=torch.from_numpy(tokens.ids),
+            instruction=torch.from_numpy(tokens.instruction),
+            pixel_values=pixel_values,
+            image_tokens=image_tokens,
+        )
+
+    def record_prompt(self, record: Record, image_root: Path) -> Prompt:
+        """The prompt for a record's last answer. Raises RecordFault."""
+        return self.prompt(record.turns[:-1], [load_image(image_root, path) for path in record.images])
+
+    def _encode(
+        self, turns: Sequence[Turn], images: Sequence[Image.Image]
+    ) -> tuple[_Tokens, Tensor | None, tuple[int, ...]]:
+        rendered = self.template.render(turns)
+        pixels = [self._process(image) for image in images]
+        if len({image.shape for image in pixels}) > 1:
+            raise ImageSizeError(
+                f"the image processor gave sizes {sorted({tuple(image.shape[-2:]) for image in pixels})} (height, width)"
+                " within one record; images of a record must have one processed size: set a fixed size or crop_size"
+            )
+        image_tokens = tuple(self._num_image_tokens(self.processor, *image.shape[-2:]) for image in pixels)
+        return self._tokens(rendered, image_tokens), torch.stack(pixels) if pixels else None, image_tokens
+
+    def _process(self, image: Image.Image) -> Tensor:
+        pixel_values = self.processor.image_processor(images=[image], return_tensors="pt")["pixel_values"]
+        return pixel_values[0].float()
+
+    def _tokens(self, rendered: Rendered, image_tokens: tuple[int, ...]) -> _Tokens:
+        ids_list, starts_list = tokenize(self.processor.tokenizer, rendered.text)
+        ids, starts = np.asarray(ids_list, dtype=np.int64), np.asarray(starts_list, dtype=np.int64)
+        is_mark = ids == self.processor.image_token_id
+        if int(is_mark.sum()) != len(image_tokens):
+            mark = self.processor.image_token
+            raise RecordFault(
+                f"the text has {int(is_mark.sum())} tokens {mark!r} for {len(image_tokens)} image(s); in a record only"
+                f" {IMAGE_MARK} may stand for an image"
+            )
+        labels = np.where(_inside(starts, rendered.answers), ids, IGNORED_LABEL)
+        instruction = _inside(starts, rendered.instructions) & ~is_mark
+        repeats = np.ones(len(ids), dtype=np.int64)
+        repeats[is_mark] = image_tokens
+        return _Tokens(np.repeat(ids, repeats), np.repeat(labels, repeats), np.repeat(instruction, repeats))
+
+    def _cut(self, tokens: _Tokens) -> _Tokens:
+        num_tokens, limit = len(tokens.ids), self.max_length
+        cut = _Tokens(tokens.ids[:limit], tokens.labels[:limit], tokens.instruction[:limit])
+        if (tokens.ids[limit:] == self.processor.image_token_id).any():
+            raise RecordFault(
+                f"the sample has {num_tokens} tokens; cut to max_length ({limit}) it would lose image tokens"
+            )
+        if not (cut.labels != IGNORED_LABEL).any():
+            raise RecordFault(
+                f"the sample has {num_tokens} tokens; cut to max_length ({limit}) it would keep no token of an answer"
+            )
+        return cut
+
+
+def check_processor(processor: LlavaProcessor) -> None:
+    """Raises TemplateError unless batches can be padded and images marked with this processor's tokenizer."""
+    tokenizer = processor.tokenizer
+    if tokenizer.pad_token_id is None:
+        raise TemplateError("the tokenizer has no pad_token; set one (padding takes part in nothing, eos may serve)")
+    if tokenizer.pad_token_id == processor.image_token_id:
+        raise TemplateError(f"the tokenizer pads with the image mark {processor.image_token!r}; they must differ")
+
+
+def _inside(starts: NDArray[np.int64], spans: Sequence[Span]) -> NDArray[np.bool_]:
+    """Which tokens begin inside one of the spans."""
+    inside = np.zeros(len(starts), dtype=np.bool_)
+    for span in spans:
+        inside |= (starts >= span.start) & (starts < span.end)
+    return inside

@@ -1,0 +1,119 @@
+"""Routing of an evaluation's prompts: statistics over all of them, and a few examples with their tail tokens.
+
+B batch   S sequence   C channels   H, W pixels
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from transformers import PreTrainedModel, ProcessorMixin
+
+from moe_lvlm.analysis.examples import ExampleStore, displayable
+from moe_lvlm.analysis.foreground import patch_grid
+from moe_lvlm.analysis.statistics import RoutingStatistics
+from moe_lvlm.evaluation.generation import Prompt, collate_prompts
+from moe_lvlm.routing.trace import RoutingTrace
+
+ForegroundByImage = list[NDArray[np.float32] | None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answered:
+    """A prompt with what came of it. foreground: for each image the share of foreground in each of its visual
+    tokens, in patch order, or None for an image without a mask."""
+
+    key: str
+    question: str
+    answer: str
+    prediction: str
+    prompt: Prompt
+    foreground: ForegroundByImage
+
+
+class RoutingCollector:
+    """Runs prompts through the model once more, without generation, and adds up how they were routed."""
+
+    def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, *, num_examples: int = 12) -> None:
+        self.statistics = RoutingStatistics()
+        self.examples = ExampleStore(limit=num_examples)
+        self._seen: set[bytes] = set()
+        self._model = model
+        self._processor = processor
+
+    @torch.inference_mode()
+    def update(self, answered: Sequence[Answered], *, batch_size: int) -> None:
+        """Add prompts. A dense model, which routes nothing, adds nothing.
+
+        Raises:
+            ValueError: a foreground does not fit its image's visual tokens.
+        """
+        for start in range(0, len(answered), batch_size):
+            self._update_batch(answered[start : start + batch_size])
+
+    def _update_batch(self, answered: Sequence[Answered]) -> None:
+        pad_id = self._processor.tokenizer.pad_token_id
+        # on the right, padding shifts no position, so the model needs no position ids
+        batch = collate_prompts([item.prompt for item in answered], model=self._model, pad_id=pad_id, padding="right")
+        trace = self._model(**batch, output_routing=True, use_cache=False, logits_to_keep=1).routing
+        if trace is None or not len(trace):
+            return
+        self.statistics.update(trace, [share for item in answered for share in item.foreground])
+        first_image = 0
+        for item in answered:
+            pixels = item.prompt.pixel_values
+            if pixels is not None:
+                self._add_example(trace, item, pixels[0], image_index=first_image)
+                first_image += len(pixels)
+
+    def _add_example(self, trace: RoutingTrace, item: Answered, pixels_CHW: Tensor, *, image_index: int) -> None:
+        """Keep the image, unless the store is full or holds it already."""
+        digest = hashlib.sha256(pixels_CHW.numpy().tobytes()).digest()
+        if self.examples.is_full or digest in self._seen:
+            return
+        self._seen.add(digest)
+        height, width = pixels_CHW.shape[-2:]
+        self.examples.add(
+            trace,
+            image_index=image_index,
+            image=displayable(pixels_CHW, **normalisation(self._processor.image_processor)),
+            grid=patch_grid(height, width, self._processor.patch_size),
+            key=item.key,
+            question=item.question,
+            answer=item.answer,
+            prediction=item.prediction,
+            foreground=item.foreground[0],
+        )
+
+
+def normalisation(image_processor: Any) -> dict[str, tuple[float, ...]]:
+    """Mean and standard deviation that the image processor took out of its pixels."""
+    if not image_processor.do_normalize:
+        return {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
+    return {"mean": tuple(image_processor.image_mean), "std": tuple(image_processor.image_std)}
+
+
+def foreground_of(is_foreground_HW: NDArray[np.bool_], image_processor: Any, *, patch_size: int) -> NDArray[np.float32]:
+    """Share of foreground in every visual token: float32 [rows x columns], in patch order.
+
+    Whatever the image processor does to an image (resize, crop, pad) it does to the mask, so that both agree for any
+    processor.
+    """
+    mask = Image.fromarray(is_foreground_HW.astype(np.uint8) * 255).convert("RGB")
+    # box resampling: a pixel of the result is the share of foreground under it
+    processed = image_processor(
+        mask, do_normalize=False, do_rescale=True, resample=Image.Resampling.BOX, return_tensors="pt"
+    )
+    share_HW = processed["pixel_values"][0, 0].float().numpy()
+    height, width = share_HW.shape
+    rows, columns = patch_grid(height, width, patch_size)
+    patches = share_HW[: rows * patch_size, : columns * patch_size].reshape(rows, patch_size, columns, patch_size)
+    return patches.mean(axis=(1, 3)).clip(0, 1).reshape(-1).astype(np.float32)

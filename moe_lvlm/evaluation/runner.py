@@ -1,0 +1,171 @@
+"""Evaluates a run: free generation on its evaluation sets, scores beside their majority baselines, routing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TextIO
+
+import torch
+
+from moe_lvlm.config.recipe import TaskSettings
+from moe_lvlm.evaluation.generation import generate_answers, progress_bar
+from moe_lvlm.evaluation.loaded import LoadedRun, load_run, run_recipe
+from moe_lvlm.evaluation.metrics import Outcome, TaskScore, exact_match, score_by_task
+from moe_lvlm.evaluation.questions import Question, check_scores_apart, read_questions, select_sets
+from moe_lvlm.evaluation.results import (
+    EXAMPLES,
+    PREDICTIONS,
+    ROUTING,
+    evaluation_folder,
+    print_scores,
+    replaced_path,
+    update_metrics,
+)
+from moe_lvlm.evaluation.routing import Answered, ForegroundByImage, RoutingCollector, foreground_of
+from moe_lvlm.moe.upcycle import moe_layers
+
+# Prompts are made, images and all, for so many batches at a time: enough to sort by length, and a bound on memory.
+BATCHES_AT_ONCE = 16
+
+
+def evaluate(
+    run: str | Path,
+    *,
+    limit: int | None = None,
+    batch_size: int | None = None,
+    device: str | None = None,
+    dtype: str | torch.dtype | None = None,
+    tasks: Sequence[str] | None = None,
+) -> dict[str, dict[str, float | int]]:
+    """Answer the questions of a run's evaluation sets and score the answers.
+
+    Writes predictions.jsonl, routing.npz and examples.npz into eval/<set>/, and the scores into metrics.json (scores
+    of tasks that were not evaluated stay), and prints a table.
+
+    Args:
+        run: the run's folder.
+        limit: the first so many records of each set, in place of the recipe's limit.
+        batch_size: in place of the recipe's.
+        device: None is a GPU if there is one.
+        dtype: float32 (None) or bfloat16.
+        tasks: names of evaluation sets of the recipe; None is all.
+
+    Returns:
+        {"accuracy", "majority", "n"} by task.
+
+    Raises:
+        ValueError: no run, no checkpoint, no such evaluation set, or a record that is not clean.
+    """
+    folder = Path(run)
+    recipe = run_recipe(folder)
+    chosen = select_sets(recipe.evaluation, tasks)
+    # all sets are read before the model is: what is wrong with them shows at once
+    sets = {task: read_questions(task, recipe.data, limit=limit) for task in chosen}
+    check_scores_apart(sets.values())
+    size = recipe.evaluation.batch_size if batch_size is None else batch_size
+    if size < 1:
+        raise ValueError(f"batch_size: {size}; at least 1 is needed")
+
+    loaded = load_run(folder, recipe, device=device, dtype=dtype)
+    scores: dict[str, TaskScore] = {}
+    for task, questions in sets.items():
+        outcomes = _evaluate_set(loaded, task, questions, evaluation_folder(folder, task.name), batch_size=size)
+        found = score_by_task(outcomes)
+        update_metrics(folder, found)
+        scores |= found
+    print_scores(scores)
+    print(f"scores: {folder / 'metrics.json'}; answers: {folder / 'eval'}")
+    return {task: score.to_dict() for task, score in scores.items()}
+
+
+def _evaluate_set(
+    loaded: LoadedRun, task: TaskSettings, questions: Sequence[Question], folder: Path, *, batch_size: int
+) -> list[Outcome]:
+    """Answer one set, and write its predictions and its routing."""
+    collector = RoutingCollector(loaded.model, loaded.processor) if moe_layers(loaded.model) else None
+    outcomes = []
+    with (
+        replaced_path(folder / PREDICTIONS) as path,
+        path.open("w", encoding="utf-8") as file,
+        progress_bar(task.name, len(questions)) as advance,
+    ):
+        for start in range(0, len(questions), BATCHES_AT_ONCE * batch_size):
+            window = questions[start : start + BATCHES_AT_ONCE * batch_size]
+            answered = _answer(loaded, task, window, batch_size=batch_size, advance=advance)
+            for question, item in zip(window, answered, strict=True):
+                outcomes.append(Outcome(question.task, item.prediction, item.answer))
+                _write_prediction(file, question, item.prediction)
+            if collector is not None:
+                collector.update(answered, batch_size=batch_size)
+    _write_routing(folder, collector)
+    return outcomes
+
+
+def _answer(
+    loaded: LoadedRun,
+    task: TaskSettings,
+    questions: Sequence[Question],
+    *,
+    batch_size: int,
+    advance: Callable[[int], None],
+) -> list[Answered]:
+    unanswered = [_prepare(loaded, question) for question in questions]
+    predictions = generate_answers(
+        loaded.model,
+        loaded.processor,
+        [item.prompt for item in unanswered],
+        batch_size=batch_size,
+        max_new_tokens=task.max_new_tokens,
+        end_ids=loaded.end_ids,
+        on_batch=advance,
+    )
+    return [replace(item, prediction=text) for item, text in zip(unanswered, predictions, strict=True)]
+
+
+def _prepare(loaded: LoadedRun, question: Question) -> Answered:
+    """The question's prompt and foreground; its prediction is still empty."""
+    images = question.load_images()
+    mask = question.load_mask(images)
+    with question.faults():
+        prompt = loaded.builder.prompt(question.turns, images)
+    processor = loaded.processor
+    foreground: ForegroundByImage = [None] * len(images)
+    if mask is not None:
+        foreground = [foreground_of(mask, processor.image_processor, patch_size=processor.patch_size)]
+    return Answered(
+        key=question.key,
+        question=question.text,
+        answer=question.answer,
+        prediction="",
+        prompt=prompt,
+        foreground=foreground,
+    )
+
+
+def _write_prediction(file: TextIO, question: Question, prediction: str) -> None:
+    image = question.image_path()
+    record = {
+        "key": question.key,
+        "task": question.task,
+        "image": None if image is None else str(image),
+        "question": question.text,
+        "prediction": prediction,
+        "answer": question.answer,
+        "correct": exact_match(prediction, question.answer),
+    }
+    file.write(json.dumps(record, ensure_ascii=False) + "\n")
+
+
+def _write_routing(folder: Path, collector: RoutingCollector | None) -> None:
+    """Of a dense model there is none; files of an earlier evaluation go then, since they tell of another model."""
+    if collector is None:
+        for name in (ROUTING, EXAMPLES):
+            (folder / name).unlink(missing_ok=True)
+        return
+    with replaced_path(folder / ROUTING) as path:
+        collector.statistics.to_npz(path)
+    with replaced_path(folder / EXAMPLES) as path:
+        collector.examples.to_npz(path)

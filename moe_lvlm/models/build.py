@@ -1,0 +1,193 @@
+"""A dense vision-language model from a recipe's parts."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
+from transformers.utils import is_flash_attn_2_available
+
+from moe_lvlm.config.recipe import ModelSettings, PartSettings
+from moe_lvlm.data.packs import resolve
+from moe_lvlm.models.config import MoELlavaConfig
+from moe_lvlm.models.llava import MoELlavaForConditionalGeneration
+from moe_lvlm.models.processor import build_processor, image_size, num_image_tokens
+from moe_lvlm.models.upcycle import as_moe_llava
+
+logger = logging.getLogger(__name__)
+
+# Families whose language-model head has a bias.
+HEAD_BIAS = frozenset({"phi"})
+
+
+def choose_attention(wanted: str) -> str:
+    """The attention that is used: the one wanted, or SDPA, with a line in the log, where flash-attn is not installed."""
+    if wanted == "flash_attention_2" and not is_flash_attn_2_available():
+        logger.warning("model.attention: flash_attention_2 is not installed here, sdpa is used")
+        return "sdpa"
+    return wanted
+
+
+def build_config(settings: ModelSettings) -> tuple[MoELlavaConfig, LlavaProcessor]:
+    """The dense model's configuration and its processor; reads no weight.
+
+    Raises:
+        ValueError: parts that are not supported, or do not fit each other.
+    """
+    assert settings.vision_tower is not None and settings.language_model is not None
+    vision = _part_config(settings.vision_tower, settings)
+    vision = getattr(vision, "vision_config", vision)  # a whole CLIP or SigLIP: its tower
+    text = _part_config(settings.language_model, settings)
+    processor = build_processor(settings, vision)
+    vocab_size = len(processor.tokenizer)
+    if vocab_size > text.vocab_size:
+        text.vocab_size = -(-vocab_size // 64) * 64
+    config = MoELlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_index=processor.image_token_id,
+        image_seq_length=num_image_tokens(processor, *image_size(vision)),
+        projector_hidden_act=settings.connector.activation,
+        multimodal_projector_bias=settings.connector.bias,
+        vision_feature_layer=settings.vision_tower.feature_layer,
+        vision_feature_select_strategy=settings.vision_tower.feature_select,
+        tie_word_embeddings=bool(getattr(text, "tie_word_embeddings", False)),
+        language_head_bias=text.model_type in HEAD_BIAS,
+    )
+    config.pad_token_id = processor.tokenizer.pad_token_id
+    config.bos_token_id = processor.tokenizer.bos_token_id
+    config.eos_token_id = processor.tokenizer.eos_token_id
+    return config, processor
+
+
+def _part_config(part: PartSettings, settings: ModelSettings) -> PreTrainedConfig:
+    if part.from_pretrained is not None:
+        return AutoConfig.from_pretrained(resolve(part.from_pretrained), trust_remote_code=settings.trust_remote_code)
+    fields: dict[str, Any] = dict(part.from_config or {})
+    model_type = fields.pop("model_type", None)
+    if model_type is None:
+        raise ValueError("from_config: model_type is missing (clip_vision_model, llama, qwen2, ...)")
+    return AutoConfig.for_model(model_type, **fields)
+
+
+def build_dense(
+    settings: ModelSettings, *, seed: int, dtype: torch.dtype = torch.float32
+) -> tuple[MoELlavaForConditionalGeneration, LlavaProcessor]:
+    """Tower and language model as the settings give them, and a new projector; everything new is drawn from `seed`.
+
+    Memory: each pretrained part is read once, tensor by tensor, into its place.
+    """
+    config, processor = build_config(settings)
+    config._attn_implementation = choose_attention(settings.attention)
+    assert settings.vision_tower is not None and settings.language_model is not None
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tower = _build_tower(settings.vision_tower, settings, config.vision_config, dtype)
+        language = _build_language_model(settings.language_model, settings, config.text_config, dtype)
+        with init_empty_weights(include_buffers=True):
+            model = MoELlavaForConditionalGeneration(config)
+        for name, linear in list(model.model.multi_modal_projector.named_children()):
+            if isinstance(linear, nn.Linear):
+                has_bias = linear.bias is not None
+                new = nn.Linear(linear.in_features, linear.out_features, bias=has_bias, dtype=dtype)
+                setattr(model.model.multi_modal_projector, name, new)
+    model.take_parts(tower=tower, language_model=language.base_model, head=language.get_output_embeddings())
+    model.tie_weights()
+    _set_generation_tokens(model, processor)
+    return model, processor
+
+
+def _build_tower(
+    part: PartSettings, settings: ModelSettings, config: PreTrainedConfig, dtype: torch.dtype
+) -> PreTrainedModel:
+    config._attn_implementation = choose_attention(settings.attention)
+    if part.from_pretrained is None:
+        return AutoModel.from_config(config).to(dtype)
+    # A folder that holds a whole CLIP gives its tower: the class follows the tower's own config.
+    tower_class = AutoModel._model_mapping[type(config)]
+    return tower_class.from_pretrained(resolve(part.from_pretrained), config=config, dtype=dtype)
+
+
+def _build_language_model(
+    part: PartSettings, settings: ModelSettings, config: PreTrainedConfig, dtype: torch.dtype
+) -> PreTrainedModel:
+    vocab_size = config.vocab_size
+    if part.from_pretrained is None:
+        config._attn_implementation = choose_attention(settings.attention)
+        language = AutoModelForCausalLM.from_config(config, trust_remote_code=settings.trust_remote_code).to(dtype)
+    else:
+        language = AutoModelForCausalLM.from_pretrained(
+            resolve(part.from_pretrained),
+            dtype=dtype,
+            attn_implementation=choose_attention(settings.attention),
+            trust_remote_code=settings.trust_remote_code,
+        )
+    if language.get_input_embeddings().weight.shape[0] < vocab_size:
+        language.resize_token_embeddings(vocab_size, mean_resizing=False)
+    if (language.get_output_embeddings().bias is not None) != (config.model_type in HEAD_BIAS):
+        raise ValueError(
+            f"{type(language).__name__}: a language-model head with a bias is known for {sorted(HEAD_BIAS)} only"
+        )
+    return language
+
+
+def _set_generation_tokens(model: MoELlavaForConditionalGeneration, processor: LlavaProcessor) -> None:
+    tokenizer = processor.tokenizer
+    model.generation_config.pad_token_id = tokenizer.pad_token_id
+    model.generation_config.bos_token_id = tokenizer.bos_token_id
+    model.generation_config.eos_token_id = tokenizer.eos_token_id
+
+
+def build_empty(config: MoELlavaConfig) -> MoELlavaForConditionalGeneration:
+    """The model on meta tensors (non-persistent buffers real), to be filled by `load_weights`."""
+    with init_empty_weights(include_buffers=False):
+        return MoELlavaForConditionalGeneration(config)
+
+
+def is_plain_llava(path: str | Path) -> bool:
+    """Whether a folder (or hub name) holds transformers' own LLaVA, dense and in its names, rather than ours."""
+    return AutoConfig.from_pretrained(path).model_type == "llava"
+
+
+def load_plain_llava(
+    path: str | Path, *, dtype: torch.dtype, attention: str = "sdpa"
+) -> MoELlavaForConditionalGeneration:
+    """Transformers' own LLaVA as our dense model, read by transformers, which knows its older names.
+
+    Raises:
+        ValueError: a tensor is missing or has no place.
+    """
+    model, found = LlavaForConditionalGeneration.from_pretrained(
+        path, dtype=dtype, attn_implementation=attention, output_loading_info=True
+    )
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if found[problem]:
+            raise ValueError(f"{path}: {problem.replace('_', ' ')}: {sorted(map(str, found[problem]))[:5]}")
+    return as_moe_llava(model)
+
+
+def config_of(path: str | Path) -> MoELlavaConfig:
+    """The configuration saved in a model's or a checkpoint's folder.
+
+    Raises:
+        ValueError: not a LLaVA-layout model.
+    """
+    config = AutoConfig.from_pretrained(path)
+    if config.model_type == "llava":
+        config = MoELlavaConfig.from_dict(config.to_dict() | {"model_type": MoELlavaConfig.model_type})
+    if not isinstance(config, MoELlavaConfig):
+        raise ValueError(f"{path}: model_type {config.model_type!r}; allowed: llava, {MoELlavaConfig.model_type}")
+    return config

@@ -1,0 +1,228 @@
+"""The vision-language model: transformers' LLaVA whose language model may hold a mixture of experts.
+
+B batch   S sequence   D model width   I images   C channels
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration, LlavaModel
+from transformers.cache_utils import Cache
+from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaPreTrainedModel
+from transformers.utils import can_return_tuple
+
+from moe_lvlm.models.config import MoELlavaConfig
+from moe_lvlm.models.context import derive_context
+from moe_lvlm.moe.experts import Experts
+from moe_lvlm.moe.upcycle import upcycle_decoder
+from moe_lvlm.routing.losses import auxiliary_loss
+from moe_lvlm.routing.router import Gate
+from moe_lvlm.routing.trace import RoutingTrace
+from moe_lvlm.routing.types import RoutingContext
+
+
+@dataclass
+class MoELlavaOutput(LlavaCausalLMOutputWithPast):
+    """LLaVA's output, and:
+
+    loss: language_loss plus balance_loss. language_loss, balance_loss: scalars, None where there is none.
+    routing: the trace of all routing decisions, if it was asked for.
+    """
+
+    language_loss: Tensor | None = None
+    balance_loss: Tensor | None = None
+    routing: RoutingTrace | None = None
+
+
+class MoELlavaModel(LlavaModel):
+    """LLaVA without the head. In training its parts run in the same order whatever the batch holds."""
+
+    config: MoELlavaConfig
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        mm_encoder_outputs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As LlavaModel.forward. In training, a batch without an image runs the tower and the projector on a blank
+        one and adds it times 0: ranks whose batches differ in this must call the same modules in the same order, or
+        ZeRO's buckets and gathers no longer match, and the language model's input must need a gradient on all."""
+        has_images = pixel_values is not None or bool(mm_encoder_outputs)
+        if self.training and not has_images and input_ids is not None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+            features = self.get_image_features(
+                pixel_values=self._blank_image(like=inputs_embeds), return_dict=True
+            ).pooler_output
+            inputs_embeds = inputs_embeds + 0 * torch.cat(features, dim=0).mean().to(inputs_embeds.dtype)
+            input_ids = None
+        return super().forward(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            inputs_embeds=inputs_embeds,
+            mm_encoder_outputs=mm_encoder_outputs,
+            **kwargs,
+        )
+
+    def _blank_image(self, *, like: Tensor) -> Tensor:
+        """[1, C, H, W] of zeros, of the size that the tower was made for, in the type and on the device of `like`.
+
+        A parameter's type would do, but under ZeRO-3 a look at another module's parameter gathers it: on the ranks
+        without an image only.
+        """
+        vision = self.config.vision_config
+        height, width = (
+            (vision.image_size, vision.image_size) if isinstance(vision.image_size, int) else vision.image_size
+        )
+        return like.new_zeros(1, vision.num_channels, height, width)
+
+
+class MoELlavaForConditionalGeneration(LlavaForConditionalGeneration):
+    """Vision tower, projector, and a language model whose FFNs may be mixtures of experts (`config.moe`).
+
+    The routing context is an explicit argument; without one it is derived from input_ids and attention_mask, so that
+    `generate()` needs nothing of ours. Each call has a trace of its own; losses are computed from it.
+    """
+
+    config: MoELlavaConfig
+    config_class = MoELlavaConfig
+
+    def __init__(self, config: MoELlavaConfig) -> None:
+        LlavaPreTrainedModel.__init__(self, config)
+        self.model = MoELlavaModel(config)
+        text = config.text_config
+        self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=config.language_head_bias)
+        if (moe := config.moe_config) is not None:
+            upcycle_decoder(self.model.language_model, moe)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        # Gates and experts initialise themselves, the way their settings say.
+        if not isinstance(module, Gate | Experts):
+            super()._init_weights(module)
+
+    def take_parts(self, *, tower: nn.Module, language_model: nn.Module, head: nn.Module) -> None:
+        """Put these parts in the place of its own, and their configurations into its configuration."""
+        self.model.vision_tower = tower
+        self.model.language_model = language_model
+        self.lm_head = head  # type: ignore[assignment]  # a linear layer, with or without a bias
+        self.config.vision_config = tower.config
+        self.config.text_config = language_model.config
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        image_sizes: Tensor | None = None,
+        mm_encoder_outputs: dict[str, Any] | None = None,
+        routing: RoutingContext | None = None,
+        output_routing: bool = False,
+        num_items_in_batch: Tensor | None = None,
+        **kwargs: Any,
+    ) -> MoELlavaOutput:
+        """One pass over [B, S] tokens.
+
+        pixel_values: [I, C, H, W], images in the order of their marks. labels: [B, S], -100 where there is no loss.
+        routing: facts about the tokens, derived if absent. output_routing: give the trace back.
+        num_items_in_batch: divisor of the summed token losses; None means the supervised tokens of this call.
+
+        Raises:
+            ValueError: a sparse model got inputs_embeds without a routing context.
+        """
+        trace = self._open_trace(routing, input_ids, attention_mask, pixel_values, mm_encoder_outputs, past_key_values)
+        if trace is not None:
+            kwargs |= {"routing": trace.context, "routing_trace": trace}
+        output = super().forward(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            vision_feature_layer=vision_feature_layer,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            logits_to_keep=logits_to_keep,
+            image_sizes=image_sizes,
+            mm_encoder_outputs=mm_encoder_outputs,
+            return_dict=True,
+            **kwargs,
+        )
+        loss = language_loss = balance_loss = None
+        if labels is not None:
+            loss = language_loss = self._language_loss(output.logits, labels, num_items_in_batch)
+            if trace is not None and self.config.moe_config is not None:
+                balance_loss = auxiliary_loss(trace, self.config.moe_config.balance)
+            if balance_loss is not None:
+                loss = language_loss + balance_loss
+        return MoELlavaOutput(
+            loss=loss,
+            logits=output.logits,
+            past_key_values=output.past_key_values,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+            image_hidden_states=output.image_hidden_states,
+            language_loss=language_loss,
+            balance_loss=balance_loss,
+            routing=trace if output_routing else None,
+        )
+
+    def _open_trace(
+        self,
+        routing: RoutingContext | None,
+        input_ids: Tensor | None,
+        attention_mask: Tensor | None,
+        pixel_values: Tensor | None,
+        mm_encoder_outputs: dict[str, Any] | None,
+        past_key_values: Cache | None,
+    ) -> RoutingTrace | None:
+        """An empty trace with this call's context; None for a dense model."""
+        if self.config.moe is None:
+            return None
+        if routing is None:
+            if input_ids is None:
+                raise ValueError("a sparse model needs input_ids, or a routing context beside inputs_embeds")
+            routing = derive_context(
+                input_ids,
+                attention_mask=attention_mask,
+                image_token_id=self.config.image_token_id,
+                num_images=_count_images(pixel_values, mm_encoder_outputs),
+                is_cached=past_key_values is not None and past_key_values.get_seq_length() > 0,
+            )
+        return RoutingTrace(routing)
+
+    def _language_loss(self, logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | None) -> Tensor:
+        """Cross entropy of the next token over the supervised positions; 0 where there is none, never NaN."""
+        if num_items_in_batch is None:
+            num_items_in_batch = (labels[:, 1:] != -100).sum().clamp_min(1)
+        return self.loss_function(
+            logits=logits,
+            labels=labels,
+            vocab_size=self.config.text_config.vocab_size,
+            num_items_in_batch=num_items_in_batch,
+        )
+
+
+def _count_images(pixel_values: Tensor | None, mm_encoder_outputs: dict[str, Any] | None) -> int:
+    if pixel_values is not None:
+        return pixel_values.shape[0]
+    if mm_encoder_outputs is not None and (image := mm_encoder_outputs.get("image")) is not None:
+        return len(image.pooler_output)
+    return 0
+
+
+AutoModelForImageTextToText.register(MoELlavaConfig, MoELlavaForConditionalGeneration, exist_ok=True)

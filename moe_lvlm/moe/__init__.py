@@ -1,0 +1,1 @@
+"""Experts, dispatch, the layer, decoder layers, upcycling."""

@@ -1,0 +1,60 @@
+"""The mixture-of-experts layer: router, dispatch, experts, combine.
+
+B batch   S sequence   T tokens (B x S)   D model width
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from moe_lvlm.moe.dispatch import Dispatcher, LocalDispatcher
+from moe_lvlm.moe.experts import Experts
+from moe_lvlm.routing.router import Router
+from moe_lvlm.routing.trace import RoutingTrace, Site
+from moe_lvlm.routing.types import RoutingContext
+
+
+class MoELayer(nn.Module):
+    """Stands where a decoder layer's FFN stood. Single-device code: a group comes in with the dispatcher.
+
+    shared_experts: dense FFNs that every token passes with weight 1, or None.
+    site: where the layer's decisions go in the trace.
+    """
+
+    def __init__(
+        self,
+        *,
+        router: Router,
+        experts: Experts,
+        site: Site,
+        shared_experts: nn.ModuleList | None = None,
+        dispatcher: Dispatcher | None = None,
+    ) -> None:
+        nn.Module.__init__(self)
+        self.router = router
+        self.experts = experts
+        self.shared_experts = shared_experts
+        self.site = site
+        self.dispatcher = dispatcher or LocalDispatcher()
+
+    def forward(
+        self, x_BSD: Tensor, context: RoutingContext | None = None, trace: RoutingTrace | None = None
+    ) -> Tensor:
+        """[B, S, D] -> [B, S, D], 0 at padding (but for shared experts). Without a context all tokens are language."""
+        if context is None:
+            context = RoutingContext.all_language((x_BSD.shape[0], x_BSD.shape[1]), x_BSD.device)
+        x_TD = x_BSD.reshape(-1, x_BSD.shape[-1])
+        if context.modality_BS.shape != x_BSD.shape[:-1]:
+            raise ValueError(
+                f"routing context of shape {tuple(context.modality_BS.shape)} for hidden states of shape "
+                f"{tuple(x_BSD.shape)}: they must describe the same tokens"
+            )
+        decision = self.router(x_TD, context)
+        if trace is not None:
+            trace.record(self.site, decision)
+        rows, route = self.dispatcher.dispatch(x_TD, decision)
+        out_TD = self.dispatcher.combine(self.experts(rows), route)
+        if self.shared_experts is not None:
+            for expert in self.shared_experts:
+                out_TD = out_TD + expert(x_TD)
+        return out_TD.view_as(x_BSD)

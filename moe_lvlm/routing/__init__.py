@@ -1,0 +1,8 @@
+"""Who goes to which expert: types, one file a router, losses."""
+
+from moe_lvlm.routing.build import build_router
+from moe_lvlm.routing.router import Router
+from moe_lvlm.routing.trace import RoutingTrace, Site
+from moe_lvlm.routing.types import Modality, RoutingContext, RoutingDecision
+
+__all__ = ["Modality", "Router", "RoutingContext", "RoutingDecision", "RoutingTrace", "Site", "build_router"]

@@ -1,0 +1,107 @@
+"""The model with which a stage begins, on this rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import LlavaProcessor
+
+from moe_lvlm.checkpoint.source import open_source
+from moe_lvlm.config.recipe import Recipe
+from moe_lvlm.models.build import (
+    build_config,
+    build_dense,
+    build_empty,
+    choose_attention,
+    config_of,
+    is_plain_llava,
+    load_plain_llava,
+)
+from moe_lvlm.models.config import MoELlavaConfig
+from moe_lvlm.models.llava import MoELlavaForConditionalGeneration
+from moe_lvlm.models.load import find_model
+from moe_lvlm.models.processor import load_processor
+from moe_lvlm.models.upcycle import upcycle
+from moe_lvlm.models.weights import load_weights
+from moe_lvlm.parallel.expert_parallel import bind_expert_parallel
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def is_sparse_at(recipe: Recipe, stage: int) -> bool:
+    """Whether the model has been upcycled when this stage trains."""
+    return any(one.upcycle for one in recipe.stages[: stage + 1])
+
+
+def build_stage_model(
+    recipe: Recipe, stage: int, checkpoint: Path | None, *, device: torch.device
+) -> MoELlavaForConditionalGeneration:
+    """The model of a stage with this rank's share of the experts.
+
+    checkpoint: of the stage before, or of this one when it is resumed; None at the first stage. From a checkpoint or a
+    whole model's folder the model is built on meta tensors and filled by ranges, experts cut from the dense FFNs where
+    the stage upcycles; from parts, or from transformers' own LLaVA, it is built whole first.
+    """
+    folder = checkpoint
+    if folder is None and recipe.model.from_pretrained is not None:
+        folder, _ = find_model(recipe.model.from_pretrained)
+    dtype = DTYPES[recipe.train.precision]
+    size = recipe.parallel.expert_parallel_size
+    if folder is None or is_plain_llava(folder):
+        if folder is None:
+            model, _ = build_dense(recipe.model, seed=recipe.seed, dtype=dtype)
+        else:
+            model = load_plain_llava(folder, dtype=dtype, attention=choose_attention(recipe.model.attention))
+        if is_sparse_at(recipe, stage):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(router_seed(recipe))
+                upcycle(model, recipe.moe)
+        bind_expert_parallel(model, size)
+        return model.to(device)
+    config = config_of(folder)
+    if not _is_of_stage(recipe, stage, checkpoint):
+        config = _begin_stage(recipe, stage, config)
+    config._attn_implementation = choose_attention(recipe.model.attention)
+    model = build_empty(config)
+    bind_expert_parallel(model, size)
+    load_weights(model, open_source(folder), device=device, dtype=dtype, router_seed=router_seed(recipe))
+    return model
+
+
+def stage_config(recipe: Recipe, stage: int) -> MoELlavaConfig:
+    """The configuration of a stage's model, without reading a weight."""
+    if recipe.model.from_pretrained is not None:
+        config = config_of(find_model(recipe.model.from_pretrained)[0])
+    else:
+        config, _ = build_config(recipe.model)
+    for index in range(stage + 1):
+        config = _begin_stage(recipe, index, config)
+    return config
+
+
+def run_processor(recipe: Recipe) -> LlavaProcessor:
+    """The processor of the run, the same in all stages."""
+    if recipe.model.from_pretrained is not None:
+        return load_processor(find_model(recipe.model.from_pretrained)[1])
+    return build_config(recipe.model)[1]
+
+
+def router_seed(recipe: Recipe) -> int:
+    """Where new routers are drawn from; not what projectors are drawn from."""
+    return recipe.seed + 1
+
+
+def _is_of_stage(recipe: Recipe, stage: int, checkpoint: Path | None) -> bool:
+    return checkpoint is not None and checkpoint.name.rpartition("-")[0] == recipe.stages[stage].name
+
+
+def _begin_stage(recipe: Recipe, stage: int, config: MoELlavaConfig) -> MoELlavaConfig:
+    """The configuration with which a stage trains, from that of the model it starts from."""
+    if not recipe.stages[stage].upcycle:
+        return config
+    if config.moe is not None:
+        raise ValueError(
+            f"stage {recipe.stages[stage].name}: upcycle: true, but the model it starts from is sparse already"
+        )
+    return config.with_moe(recipe.moe)

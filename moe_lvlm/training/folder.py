@@ -1,0 +1,109 @@
+"""A run's folder: made, recognised, and refused when it holds something else."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe_lvlm.config.load import dump_recipe, load_recipe
+from moe_lvlm.config.recipe import Recipe
+
+RECIPE = "recipe.yaml"
+DONE = "DONE"
+CHECKPOINTS = "checkpoints"
+PROCESSOR = "processor"
+BAD_SAMPLES = "bad_samples.jsonl"
+_OURS = (
+    RECIPE, DONE, CHECKPOINTS, PROCESSOR, BAD_SAMPLES, "deepspeed.json", "environment.txt", "log.jsonl", "tensorboard",
+    "eval", "metrics.json", "report",
+)  # fmt: skip
+# What another value of leaves the same model on the same data: a resumed run may have it.
+_FREE = ("name", "output_dir", "evaluation", "parallel", "data.num_workers", "data.bad_sample_limit")
+_FREE_TRAIN = ("train.checkpoint", "train.log_every", "train.max_skipped_steps", "train.gradient_checkpointing")
+
+
+def run_folder(recipe: Recipe) -> Path:
+    """Where the run lies: `output_dir`, or runs/<name>."""
+    return Path(recipe.output_dir or f"runs/{recipe.name}")
+
+
+def prepare_folder(recipe: Recipe, *, resume: bool) -> Path:
+    """Make the folder, or check that the run in it may go on with this recipe; `resume=False` clears it first.
+
+    Raises:
+        ValueError: a folder that holds something else than a run, or a run of another recipe.
+    """
+    folder = run_folder(recipe)
+    if folder.is_dir() and any(folder.iterdir()):
+        if not (folder / RECIPE).is_file():
+            raise ValueError(
+                f"{folder}: not empty and not a run of ours ({RECIPE} is missing); choose another output_dir"
+            )
+        if resume:
+            check_same_run(load_recipe(str(folder / RECIPE)), recipe, folder)
+        else:
+            _clear(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / RECIPE).write_text(dump_recipe(recipe), encoding="utf-8")
+    return folder
+
+
+def check_same_run(before: Recipe, now: Recipe, folder: Path) -> None:
+    """ValueError, naming the keys, if a resume would change what is trained. Topology and logging may change."""
+    old, new = dict(_flatten(before.model_dump(mode="json"))), dict(_flatten(now.model_dump(mode="json")))
+    changed = sorted(
+        key
+        for key in old.keys() | new.keys()
+        if old.get(key) != new.get(key) and not key.startswith(_FREE + _FREE_TRAIN)
+    )
+    if changed:
+        details = "; ".join(f"{key}: {old.get(key)!r} before, {new.get(key)!r} now" for key in changed[:5])
+        raise ValueError(f"{folder} holds a run of another recipe ({details}); use --fresh or another output_dir")
+
+
+def _flatten(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    pairs = values.items() if isinstance(values, Mapping) else enumerate(values) if isinstance(values, list) else None
+    if pairs is None:
+        yield prefix, values
+        return
+    for key, value in pairs:
+        yield from _flatten(value, f"{prefix}.{key}" if prefix else str(key))
+
+
+def _clear(folder: Path) -> None:
+    """Remove what a run wrote, and nothing else."""
+    for name in _OURS:
+        path = folder / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def describe_environment(world_size: int) -> str:
+    """Versions, machine and command of this start."""
+    packages = ("moe-lvlm", "torch", "deepspeed", "transformers", "accelerate", "safetensors")
+    lines = [f"command: {' '.join(sys.argv)}", f"python: {platform.python_version()}", f"system: {platform.platform()}"]
+    lines += [f"processes: {world_size}", f"threads a process: {torch.get_num_threads()}"]
+    for package in packages:
+        try:
+            lines.append(f"{package}: {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            lines.append(f"{package}: not installed as a package")
+    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    lines.append(f"devices: {', '.join(devices) or platform.processor() or platform.machine()}")
+    return "\n".join(lines) + "\n"
+
+
+def write_facts(folder: Path, *, deepspeed: Mapping[str, Any], world_size: int) -> None:
+    """The resolved DeepSpeed dict of each stage, and the environment."""
+    (folder / "deepspeed.json").write_text(json.dumps(deepspeed, indent=2) + "\n", encoding="utf-8")
+    (folder / "environment.txt").write_text(describe_environment(world_size), encoding="utf-8")

@@ -1,0 +1,107 @@
+"""A whole run: all stages of a recipe, from nothing or from where it stopped."""
+
+from __future__ import annotations
+
+import gc
+import time
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from transformers import LlavaProcessor
+
+from moe_lvlm.checkpoint.layout import STATE_FILE, read_json
+from moe_lvlm.checkpoint.verify import newest_valid
+from moe_lvlm.config.recipe import Recipe
+from moe_lvlm.parallel.process_group import World, join_world
+from moe_lvlm.training.build import run_processor
+from moe_lvlm.training.folder import CHECKPOINTS, DONE, PROCESSOR, prepare_folder, run_folder, write_facts
+from moe_lvlm.training.interrupt import Interrupt
+from moe_lvlm.training.log import RunLog
+from moe_lvlm.training.plan import StagePlan, check_data, plan_stages
+from moe_lvlm.training.stage import Run, Stage
+from moe_lvlm.training.state import TrainState
+
+
+def train(recipe: Recipe, *, resume: bool = True) -> Path:
+    """Train a recipe's stages; every process of the launcher calls it. Returns the run's folder.
+
+    resume: go on from the newest valid checkpoint of the run's folder, if there is one; False begins anew and removes
+    what the run in the folder wrote. After SIGINT or SIGTERM the run saves at the next step and returns without the
+    DONE mark; the same call goes on from there.
+
+    Raises:
+        ValueError: a recipe that does not fit the processes or the folder.
+    """
+    with Interrupt() as interrupt:
+        world = join_world()
+        processor = run_processor(recipe)
+        plans = _on_first(world, lambda: _prepare(recipe, processor, resume=resume, world=world))
+        folder = run_folder(recipe)
+        log = RunLog(folder, is_enabled=world.is_first)
+        try:
+            if world.is_first:
+                processor.save_pretrained(folder / PROCESSOR)
+                resolved = {plan.settings.name: plan.deepspeed for plan in plans}
+                write_facts(folder, deepspeed=resolved, world_size=world.size)
+            run = Run(recipe=recipe, folder=folder, world=world, processor=processor, log=log, interrupt=interrupt)
+            _train_stages(run)
+        finally:
+            log.close()
+    return folder
+
+
+def _prepare(recipe: Recipe, processor: LlavaProcessor, *, resume: bool, world: World) -> list[StagePlan]:
+    """Find every mistake that can be found now; only then touch the folder."""
+    plans = plan_stages(recipe, world_size=world.size)
+    check_data(recipe, processor)
+    prepare_folder(recipe, resume=resume)
+    return plans
+
+
+def _train_stages(run: Run) -> None:
+    started = time.monotonic()
+    state, checkpoint = _where_it_stopped(run)
+    while state.stage < len(run.recipe.stages):
+        stage = Stage(run, state, checkpoint)
+        is_complete = stage.run()
+        checkpoint = run.folder / CHECKPOINTS / f"{run.recipe.stages[state.stage].name}-{stage.state.step:06d}"
+        if not is_complete:
+            run.log.event("stopped", path=str(checkpoint))
+            run.log.say(f"stopped; saved in {checkpoint}. The same command goes on from there.")
+            stage.close()
+            return
+        state = stage.state.next_stage()
+        stage.close()
+        del stage
+        gc.collect()
+    if run.world.is_first and not (run.folder / DONE).exists():
+        run.log.event("done", seconds=time.monotonic() - started)
+        (run.folder / DONE).touch()
+    run.log.say(f"done: {run.folder}")
+
+
+def _where_it_stopped(run: Run) -> tuple[TrainState, Path | None]:
+    """State and checkpoint to go on from; the first state and None for a new run."""
+    newest = _on_first(run.world, lambda: newest_valid(run.folder / CHECKPOINTS, run.log.say))
+    if newest is None:
+        return TrainState(), None
+    state = TrainState.from_json(read_json(newest / STATE_FILE))
+    run.log.event("resume", path=str(newest), global_step=state.global_step)
+    run.log.say(f"going on from {newest}")
+    # The last checkpoint of a stage is where the next one begins.
+    return (state.next_stage() if state.is_stage_done else state), newest
+
+
+def _on_first(world: World, work: Any) -> Any:
+    """What `work` gives on rank 0, on all ranks; its ValueError or OSError on all ranks too."""
+    outcome: list[Any] = [None, None]
+    if world.is_first:
+        try:
+            outcome[0] = work()
+        except (ValueError, OSError) as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]

@@ -1,0 +1,94 @@
+"""One optimizer step over this rank's micro-batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe_lvlm.analysis.measures import LoadCounter
+from moe_lvlm.data.loader import MicroBatch
+
+
+@dataclass(frozen=True, slots=True)
+class StepCounts:
+    """Sums over all ranks' micro-batches of a step.
+
+    supervised: tokens with a loss. tokens: without padding. bad, seen: draws. stops: ranks that were asked to stop.
+    """
+
+    supervised: int
+    tokens: int
+    bad: int
+    seen: int
+    stops: int
+
+
+def count_step(micro_batches: Sequence[MicroBatch], *, is_stopping: bool, device: torch.device) -> StepCounts:
+    """Count what all ranks are about to train on: the step's loss is divided by its own supervised tokens."""
+    counts = torch.tensor(
+        [
+            sum(int((one.batch["labels"][:, 1:] != -100).sum()) for one in micro_batches),
+            sum(int(one.batch["attention_mask"].sum()) for one in micro_batches),
+            sum(len(one.bad) for one in micro_batches),
+            sum(one.num_seen for one in micro_batches),
+            int(is_stopping),
+        ],
+        device=device,
+    )
+    dist.all_reduce(counts)
+    return StepCounts(*counts.tolist())
+
+
+@dataclass(frozen=True, slots=True)
+class StepLosses:
+    """This rank's sums over its micro-batches, detached scalars. balance: None without a balance loss."""
+
+    language: Tensor
+    balance: Tensor | None
+
+
+def run_step(
+    engine: Any,
+    micro_batches: Sequence[MicroBatch],
+    *,
+    divisor: float | None,
+    device: torch.device,
+    counter: LoadCounter | None,
+) -> StepLosses:
+    """Forward, backward and one optimizer step.
+
+    divisor: of each micro-batch's summed token losses. DeepSpeed averages over micro-batches and ranks, so the step's
+    supervised tokens over its number of micro-batches gives the mean over the step's tokens. None averages each
+    micro-batch by itself. counter: takes the routing of every micro-batch, if given.
+    """
+    language = torch.zeros((), device=device)
+    balance: Tensor | None = None
+    dtype = next(engine.module.parameters()).dtype
+    for micro_batch in micro_batches:
+        output = engine(
+            **to_device(micro_batch.batch, device, dtype),
+            num_items_in_batch=None if divisor is None else torch.tensor(divisor, device=device),
+            output_routing=counter is not None,
+            use_cache=False,
+        )
+        engine.backward(output.loss)
+        engine.step()
+        language += output.language_loss.detach()
+        if output.balance_loss is not None:
+            balance = output.balance_loss.detach() + (0 if balance is None else balance)
+        if counter is not None and output.routing is not None:
+            counter.update(output.routing.detach())
+    return StepLosses(language, balance)
+
+
+def to_device(batch: Any, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """A batch where the model is, images in its type."""
+    moved = {name: value.to(device) for name, value in batch.items()}
+    if "pixel_values" in moved:
+        moved["pixel_values"] = moved["pixel_values"].to(dtype)
+    return moved

@@ -1,0 +1,110 @@
+"""Statistics of one trace, against the table worked out by hand in conftest."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from moe_lvlm.analysis.measures import (
+    LoadCounter,
+    expert_load,
+    load_summary,
+    routing_entropy,
+    tail_by_site,
+    tail_flags,
+    token_routing,
+)
+from moe_lvlm.routing.trace import RoutingTrace, Site
+from moe_lvlm.routing.types import RoutingContext, RoutingDecision
+
+SITE = Site("language_model", 2)
+LANGUAGE_LOAD, VISION_LOAD = [3, 2, 0, 1], [5, 5, 2, 2]
+
+
+def test_tail_is_above_the_mean_of_its_own_image(hand_trace: RoutingTrace) -> None:
+    flags = tail_flags(hand_trace[SITE].probs_RE, hand_trace.context)
+    assert flags.nonzero().flatten().tolist() == [1, 5]
+
+
+def test_expert_load_counts_kept_slots_by_modality(hand_trace: RoutingTrace) -> None:
+    routing = token_routing(hand_trace[SITE], hand_trace.context.sample_T)
+    assert expert_load(routing, hand_trace.context.modality_T).tolist() == [LANGUAGE_LOAD, VISION_LOAD]
+
+
+def test_entropy_in_nats() -> None:
+    probs = torch.tensor([[1.0, 0.0, 0.0, 0.0], [0.5, 0.5, 0.0, 0.0], [0.25] * 4])
+    torch.testing.assert_close(routing_entropy(probs), torch.tensor([0.0, math.log(2), math.log(4)]))
+
+
+def test_load_summary_is_what_the_log_wants(hand_trace: RoutingTrace) -> None:
+    assert load_summary(hand_trace) == {
+        "expert_load": {"2": {"language": LANGUAGE_LOAD, "vision": VISION_LOAD}},
+        "tail_share": {"2": 2 / 5},
+    }
+
+
+def test_load_counter_adds_micro_batches_and_leaves_traces_alone(hand_trace: RoutingTrace) -> None:
+    counter = LoadCounter()
+    counter.update(hand_trace)
+    counter.update(hand_trace)
+    counter.update(hand_trace)
+    assert counter.summary() == {
+        "expert_load": {"2": {"language": [9, 6, 0, 3], "vision": [15, 15, 6, 6]}},
+        "tail_share": {"2": 2 / 5},
+    }
+    assert [tensor.tolist() for tensor in counter.tensors()] == [[[9, 6, 0, 3], [15, 15, 6, 6]], [6, 15]]
+
+
+def test_load_counter_sums_over_ranks_in_place(hand_trace: RoutingTrace) -> None:
+    counter = LoadCounter()
+    counter.update(hand_trace)
+    for tensor in counter.tensors():
+        tensor.mul_(2)  # what an all-reduce over two equal ranks does
+    assert counter.summary()["expert_load"] == {"2": {"language": [6, 4, 0, 2], "vision": [10, 10, 4, 4]}}
+
+
+def test_load_summary_of_text_and_of_a_dense_model() -> None:
+    context = RoutingContext.all_language((1, 3), torch.device("cpu"))
+    trace = RoutingTrace(context)
+    assert load_summary(trace) == {"expert_load": None, "tail_share": None}
+    probs = torch.tensor([[0.6, 0.4]] * 3)
+    decision = RoutingDecision(probs.log(), probs, torch.zeros(3, 1).long(), probs[:, :1], torch.ones(3, 1).bool())
+    trace.record(Site("connector", 0), decision)
+    assert load_summary(trace) == {
+        "expert_load": {"connector.0": {"language": [3, 0], "vision": [0, 0]}},
+        "tail_share": None,
+    }
+
+
+def test_sample_level_decision_counts_for_every_token_of_its_sample(hand_trace: RoutingTrace) -> None:
+    probs = torch.tensor([[0.9, 0.1], [0.2, 0.8]])
+    decision = RoutingDecision(
+        probs.log(), probs, torch.tensor([[0], [1]]), torch.ones(2, 1), torch.ones(2, 1).bool(), "sample"
+    )
+    routing = token_routing(decision, hand_trace.context.sample_T)
+    # Sample 0: one language, three vision tokens; sample 1: two of each; padding counts nowhere.
+    assert expert_load(routing, hand_trace.context.modality_T).tolist() == [[1, 2], [3, 2]]
+    assert routing.probs_TE[4].tolist() == [0.0, 0.0]
+
+
+def test_rows_that_are_not_tokens_are_refused(hand_trace: RoutingTrace) -> None:
+    with pytest.raises(ValueError, match="10 rows and the context 3 tokens"):
+        token_routing(hand_trace[SITE], torch.zeros(3, dtype=torch.int32))
+
+
+def test_tail_by_site_gives_one_image_in_patch_order(hand_trace: RoutingTrace) -> None:
+    assert tail_by_site(hand_trace, 0)[SITE].tolist() == [True, False, False]
+    assert tail_by_site(hand_trace, 1)[SITE].tolist() == [True, False]
+    with pytest.raises(ValueError, match="image 2: not in this trace's batch; allowed: 0 to 1"):
+        tail_by_site(hand_trace, 2)
+
+
+def test_gradients_are_not_kept(hand_trace: RoutingTrace) -> None:
+    probs = hand_trace[SITE].probs_RE.clone().requires_grad_()
+    trace = RoutingTrace(hand_trace.context)
+    trace.record(SITE, hand_trace[SITE]._replace(probs_RE=probs))
+    counter = LoadCounter()
+    counter.update(trace)
+    assert not any(tensor.requires_grad for tensor in counter.tensors())

@@ -1,0 +1,155 @@
+"""The report on made-up runs: sections, pictures, escaping, and what is said where something is missing."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from moe_lvlm.analysis.report import write_report
+
+RunMaker = Callable[..., Path]
+
+FIGURES = {"loss", "load-training", "accuracy", "load-modality", "rpv", "tail-examples", "tail-foreground"}
+SECTIONS = ["scores", "training", "routing", "tail", "predictions", "settings"]
+
+
+class Page(HTMLParser):
+    """Tags, picture files, section ids and the text of a page."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.images: list[str] = []
+        self.sections: list[str] = []
+        self.text = ""
+        self.html = path.read_text(encoding="utf-8")
+        self.feed(self.html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        values = dict(attrs)
+        self.tags.append(tag)
+        if tag == "img":
+            self.images.append(values["src"] or "")
+        if tag == "section":
+            self.sections.append(values["id"] or "")
+
+    def handle_data(self, data: str) -> None:
+        self.text += f"{data} "
+
+    @property
+    def flat(self) -> str:
+        return re.sub(r"\s+", " ", self.text)
+
+
+@pytest.fixture(scope="module")
+def whole(run_maker: RunMaker, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with everything, nasty text in its predictions, and its report."""
+    run = run_maker(tmp_path_factory.mktemp("runs") / "whole")
+    path = run / "eval" / "scenes" / "predictions.jsonl"
+    nasty = {
+        "key": "<b>k</b>", "task": "<i>odd</i>", "image": None, "question": "</p><img src=x>",
+        "prediction": "<script>alert(1)</script>", "answer": '"&', "correct": False,
+    }  # fmt: skip
+    gone = nasty | {"key": "gone", "task": "lost", "image": "nowhere/x.png"}
+    with path.open("a") as file:
+        file.write(json.dumps(nasty) + "\n" + json.dumps(gone) + "\n")
+    (run / "bad_samples.jsonl").write_text('{"key": "a"}\n{"key": "b"}\n')
+    (run / "report").mkdir()
+    (run / "report" / "old.png").write_bytes(b"")
+    assert write_report(str(run)) == run / "report" / "index.html"
+    return run / "report"
+
+
+def test_page_has_all_sections_and_figures(whole: Path) -> None:
+    page = Page(whole / "index.html")
+    assert page.sections == SECTIONS
+    assert {f"{name}.png" for name in FIGURES} <= set(page.images)
+    assert "Made by" not in page.text
+
+
+def test_pictures_are_there_and_show_something(whole: Path) -> None:
+    page = Page(whole / "index.html")
+    assert set(page.images) == {path.name for path in whole.glob("*.png")}
+    for name in page.images:
+        with Image.open(whole / name) as image:
+            assert np.asarray(image.convert("L")).std() > 1, name
+            assert name.startswith("prediction") or image.width >= 700, name
+
+
+def test_text_of_the_model_is_escaped(whole: Path) -> None:
+    page = Page(whole / "index.html")
+    assert "script" not in page.tags
+    assert "i" not in page.tags
+    for text in ("<script>alert(1)</script>", "</p><img src=x>", "<i>odd</i>", "<b>k</b>", 'expected: "&'):
+        assert text in page.text
+
+
+def test_page_needs_nothing_from_outside(whole: Path) -> None:
+    page = Page(whole / "index.html")
+    assert not re.search(r"(https?:)?//\w", page.html)
+    assert "link" not in page.tags
+
+
+def test_numbers_on_the_page(whole: Path) -> None:
+    text = Page(whole / "index.html").flat
+    assert "what 92.5 % 8.0 % 80" in text
+    assert "2 bad samples left out" in text
+    assert "1.23 M parameters" in text
+    assert "270 steps" in text
+    assert "54.0 s time in logged steps" in text  # 270 steps of .2 s
+    assert "1.08 M tokens in logged steps" in text  # 270 steps of 4000
+    assert "20,000 tokens a second" in text
+    assert "4, top 2, layers: sparse" in text
+    assert "ltdr, tail_k all, tail_scope batch" in text
+    assert "torch 2.13.0" in text
+    assert "The image nowhere/x.png is not there any more." in text
+
+
+def test_run_without_evaluation_says_what_makes_one(run_maker: RunMaker, tmp_path: Path) -> None:
+    run = run_maker(tmp_path / "run", evaluated=False)
+    (run / "DONE").unlink()
+    (run / "environment.txt").unlink()
+    page = Page(write_report(run))
+    assert page.sections == SECTIONS
+    assert page.images == ["loss.png", "load-training.png"]
+    for text in ("There are no scores", "There are no routing statistics", "There are no tail", "no predictions"):
+        assert text in page.flat
+    assert page.flat.count(f"moe-lvlm eval {run}") == 4
+    assert "there is no environment.txt" in page.flat
+    assert "Run not finished" in page.flat
+
+
+def test_dense_run_has_no_routing(run_maker: RunMaker, tmp_path: Path) -> None:
+    page = Page(write_report(run_maker(tmp_path / "run", moe=False)))
+    assert {"loss.png", "accuracy.png"} == {name for name in page.images if not name.startswith("prediction")}
+    assert "There are no routing statistics: the model has no MoE layer" in page.flat
+    assert "the model is dense" in page.flat
+
+
+def test_run_that_has_just_begun(run_maker: RunMaker, tmp_path: Path) -> None:
+    run = run_maker(tmp_path / "run", evaluated=False)
+    (run / "log.jsonl").write_text("")
+    page = Page(write_report(run))
+    assert page.images == []
+    assert "log.jsonl holds no training step yet" in page.flat
+
+
+@pytest.mark.parametrize(("name", "message"), [("recipe.yaml", "recipe.yaml missing"), ("log.jsonl", "log.jsonl")])
+def test_folder_that_is_no_run_is_refused(run_maker: RunMaker, tmp_path: Path, name: str, message: str) -> None:
+    run = run_maker(tmp_path / "run", evaluated=False)
+    (run / name).unlink()
+    with pytest.raises(ValueError, match=message):
+        write_report(run)
+    assert not (run / "report").exists()
+
+
+def test_missing_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no such folder"):
+        write_report(tmp_path / "none")

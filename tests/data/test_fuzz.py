@@ -1,0 +1,108 @@
+"""Records as bad as they come: each gives a sample or a BadRecordError, never anything else."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from moe_lvlm.data.collator import Collator
+from moe_lvlm.data.errors import BadRecordError
+from moe_lvlm.data.llava_json import read_records
+from moe_lvlm.data.mixture import Source
+from moe_lvlm.data.records import IMAGE_MARK
+from moe_lvlm.data.sample import Sample
+
+from .conftest import MakeBuilder
+
+SCALE = int(os.environ.get("MOE_LVLM_FUZZ_SCALE", "1"))  # 30 gives the 10,000 records of RELIABILITY's goal R6
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+WORD = st.sampled_from(["<image>", "<image>\n", "</s>", "<|im_end|>\n", "<|im_start|>", "\ud800", "\0", "{{ x }}", " "])
+# any code point, lone surrogates too
+TEXT = st.lists(st.text(st.characters(codec=None), max_size=8) | WORD, max_size=6).map("".join)
+TURN = st.fixed_dictionaries(
+    {}, optional={"from": st.sampled_from(["human", "gpt", "system", 1]), "value": TEXT | JSON}
+)
+PATH = st.sampled_from(
+    ["good.png", "cut.png", "noise.png", "../good.png", "/etc/passwd", ".", "", "x" * 300, "nul\0", "none.png"]
+)
+ALMOST = st.lists(TEXT, min_size=2, max_size=4).map(
+    lambda texts: [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(texts)]
+)
+RECORD = JSON | st.fixed_dictionaries(
+    {"conversations": ALMOST | st.lists(TURN | JSON, max_size=4) | JSON},
+    optional={"id": JSON, "image": PATH | st.lists(PATH, max_size=3) | JSON, "task": JSON, "mask": JSON},
+)
+
+
+def encoded(format: str) -> bytes:
+    stream = io.BytesIO()
+    Image.radial_gradient("L").resize((12, 9)).convert("RGB").save(stream, format)
+    return stream.getvalue()
+
+
+@pytest.fixture(scope="module")
+def check(make_builder: MakeBuilder) -> Callable[[list[Any], dict[str, bytes]], list[Sample]]:
+    builders = [make_builder("chat", "chatml", 60), make_builder("chat", "vicuna_v1", 300), make_builder("plain")]
+    collator = Collator.for_processor(builders[0].processor)
+
+    def run(records: list[Any], files: dict[str, bytes]) -> list[Sample]:
+        with tempfile.TemporaryDirectory() as folder:
+            root = Path(folder)
+            for name, content in files.items():
+                (root / name).write_bytes(content)
+            path = root / "records.json"
+            path.write_text(json.dumps(records))
+            source = Source("fuzz", read_records(path), root)
+            good = []
+            for builder in builders:
+                for index in range(len(source)):
+                    try:
+                        good.append(source.sample(index, builder))
+                    except BadRecordError as error:
+                        assert (error.index, error.file) == (index, str(path))
+                        assert error.reason
+            batch = collator(good)
+            assert len(batch["input_ids"]) == max(len(good), 1)
+            return good
+
+    return run
+
+
+@settings(max_examples=100 * SCALE, deadline=None)
+@given(records=st.lists(RECORD, min_size=1, max_size=5), noise=st.binary(max_size=200), cut=st.integers(1, 60))
+def test_any_record_is_a_sample_or_a_bad_record(
+    check: Callable[..., list[Sample]], records: list[Any], noise: bytes, cut: int
+) -> None:
+    whole = encoded("PNG")
+    for sample in check(records, {"good.png": whole, "cut.png": whole[:-cut], "noise.png": noise}):
+        assert (sample.labels != -100).any()
+        assert len(sample.input_ids) == len(sample.labels) == len(sample.instruction)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # Pillow tells of the damage
+@settings(max_examples=60 * SCALE, deadline=None)
+@given(data=st.data(), format=st.sampled_from(["PNG", "JPEG", "GIF", "WEBP", "TIFF", "BMP", "PPM"]))
+def test_any_damage_to_an_image_is_a_sample_or_a_bad_record(
+    check: Callable[..., list[Sample]], data: st.DataObject, format: str
+) -> None:
+    content = bytearray(encoded(format))
+    for place in data.draw(st.lists(st.integers(0, len(content) - 1), max_size=6)):
+        content[place] = data.draw(st.integers(0, 255))
+    records = [{"image": "i", "conversations": [{"from": "human", "value": IMAGE_MARK}, {"from": "gpt", "value": "a"}]}]
+    samples = check(records, {"i": bytes(content)})
+    assert len(samples) in (0, 3)

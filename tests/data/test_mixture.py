@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from transformers import LlavaProcessor
+
+from moe_lvlm.config.recipe import DataSettings, SourceSettings
+from moe_lvlm.data.errors import DataFileError
+from moe_lvlm.data.mixture import Draw, MixtureDataset, Source, build_dataset, resolve_path
+
+from .conftest import MakeBuilder, MakeSource, conversation, num_image_tokens
+
+
+def records(count: int) -> list[object]:
+    return [{"id": f"r{i}", "conversations": conversation(f"q {i}", f"a {i}")} for i in range(count)]
+
+
+@pytest.fixture
+def sources(make_source: MakeSource) -> list[Source]:
+    return [make_source(records(count), name) for name, count in (("a", 10), ("b", 4), ("c", 3))]
+
+
+def drawn(dataset: MixtureDataset, epoch: int) -> Counter[tuple[str, int]]:
+    places = (dataset.locate(Draw(epoch, position)) for position in range(len(dataset)))
+    return Counter((source.name, index) for source, index in places)
+
+
+def test_an_epoch_holds_whole_copies_and_a_choice(sources: list[Source], make_builder: MakeBuilder) -> None:
+    # 0.3 x 10 = 3, 2.5 x 4 = 10, 1 x 3 = 3
+    dataset = MixtureDataset(sources, [0.3, 2.5, 1.0], make_builder(), seed=5)
+    assert len(dataset) == 3 + 10 + 3
+    chosen = set()
+    for epoch in range(8):
+        counts = drawn(dataset, epoch)
+        assert sorted(counts[("a", i)] for i in range(10)) == [0] * 7 + [1] * 3
+        assert sorted(counts[("b", i)] for i in range(4)) == [2, 2, 3, 3]
+        assert [counts[("c", i)] for i in range(3)] == [1, 1, 1]
+        chosen.add(tuple(i for i in range(10) if counts[("a", i)]))
+    assert len(chosen) > 4  # anew each epoch: of 120 choices, 8 drawn
+
+
+def test_the_choice_is_a_function_of_seed_and_epoch(sources: list[Source], make_builder: MakeBuilder) -> None:
+    make = lambda seed: MixtureDataset(sources, [0.3, 2.5, 1.0], make_builder(), seed=seed)  # noqa: E731
+    forward, backward = make(5), make(5)
+    assert [drawn(forward, e) for e in range(6)] == [drawn(backward, e) for e in reversed(range(6))][::-1]
+    assert [drawn(make(5), e) for e in range(6)] != [drawn(make(6), e) for e in range(6)]
+
+
+def test_samples_come_by_epoch_and_position(sources: list[Source], make_builder: MakeBuilder) -> None:
+    dataset = MixtureDataset(sources, [1, 1, 1], make_builder(), seed=0)
+    assert [dataset[Draw(0, position)].key for position in (0, 9, 10, 16)] == ["a/0", "a/9", "b/0", "c/2"]
+    for position in (-1, 17):
+        with pytest.raises(IndexError):
+            dataset[Draw(0, position)]
+
+
+def test_a_mixture_that_makes_no_sense_is_refused(sources: list[Source], make_builder: MakeBuilder) -> None:
+    builder = make_builder()
+    with pytest.raises(ValueError, match="empty"):
+        MixtureDataset([], [], builder, seed=0)
+    with pytest.raises(ValueError, match="name of its own"):
+        MixtureDataset([sources[0], sources[0]], [1, 1], builder, seed=0)
+    with pytest.raises(ValueError, match=r"a: weight 0\.01 of 10 .*at least 0\.05"):
+        MixtureDataset(sources[:1], [0.01], builder, seed=0)
+    assert len(MixtureDataset(sources[:1], [0.05], builder, seed=0)) == 1
+    with pytest.raises(ValueError, match="positive"):
+        MixtureDataset(sources[:1], [float("nan")], builder, seed=0)
+
+
+def test_build_dataset_from_settings(tmp_path: Path, processor: LlavaProcessor) -> None:
+    (tmp_path / "coco").mkdir()
+    for name, count in (("one.json", 4), ("two.json", 2)):
+        (tmp_path / name).write_text(json.dumps(records(count)))
+    settings = DataSettings(image_root=str(tmp_path), max_length=64)
+    mixture = (
+        SourceSettings(path="one.json", weight=0.5, image_root="coco"),
+        SourceSettings(path=str(tmp_path / "two.json"), name="second"),
+    )
+    dataset, collator = build_dataset(settings, mixture, "chat", processor, num_image_tokens, 3)
+    assert [(source.name, source.image_root) for source in dataset.sources] == [
+        ("one", tmp_path / "coco"),
+        ("second", tmp_path),
+    ]
+    assert len(dataset) == 4
+    batch = collator([dataset[Draw(0, 2)], dataset[Draw(0, 3)]])
+    assert batch["input_ids"].shape[0] == 2
+
+    with pytest.raises(DataFileError, match="none is not a folder"):
+        build_dataset(
+            settings, [SourceSettings(path="one.json", image_root="none")], "chat", processor, num_image_tokens, 3
+        )
+    with pytest.raises(DataFileError, match=r"zero\.json: does not exist"):
+        build_dataset(settings, [SourceSettings(path="zero.json")], "chat", processor, num_image_tokens, 3)
+
+
+def test_paths_of_packs_are_resolved() -> None:
+    with pytest.raises(ValueError, match="nopack"):
+        resolve_path("package:nopack/train.json", "/data")
+    with pytest.raises(ValueError, match="nopack"):
+        resolve_path("train.json", "package:nopack")
+    assert resolve_path("train.json", "/data") == Path("/data/train.json")
+    assert resolve_path("/other/train.json", "/data") == Path("/other/train.json")

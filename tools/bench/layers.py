@@ -1,0 +1,131 @@
+"""The floor and our own layers, as the benchmark runs them.
+
+B batch   S sequence   D model width   F FFN width   E experts   R routed rows   K slots
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from bench.problem import Problem
+from moe_lvlm.config.moe import LongTailRouterSettings, MoEConfig
+from moe_lvlm.moe.experts import Experts
+from moe_lvlm.moe.layer import MoELayer
+from moe_lvlm.routing import Router, RoutingContext, RoutingDecision, Site, build_router
+from moe_lvlm.routing.ltdr import LongTailRouter
+
+
+class BenchLayer(nn.Module, ABC):
+    """One variant: [B, S, D] -> [B, S, D]."""
+
+    @abstractmethod
+    def forward(self, x_BSD: Tensor) -> Tensor: ...
+
+    @property
+    @abstractmethod
+    def gate_weight(self) -> Tensor | None:
+        """The router's weight [E, D], whose gradient is checked; None where there is no router."""
+
+    def count_dropped(self, x_BSD: Tensor) -> int:
+        """(token, expert) assignments that the variant leaves out for this input."""
+        return 0
+
+
+class SwiGLU(nn.Module):
+    """A dense gated FFN with the given weights, w1 and w3 [F, D] and w2 [D, F]."""
+
+    def __init__(self, w1: Tensor, w2: Tensor, w3: Tensor) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = (_linear(weight) for weight in (w1, w3, w2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+def _linear(weight: Tensor) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight.clone())
+    return layer
+
+
+class DenseFloor(BenchLayer):
+    """A dense FFN of width K * F: the matrix products that top-k experts need, and nothing else."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__()
+        top_k = problem.sizes.top_k
+        self.ffn = SwiGLU(
+            problem.w1_EFD[:top_k].flatten(0, 1),
+            problem.w2_EDF[:top_k].transpose(0, 1).flatten(1),
+            problem.w3_EFD[:top_k].flatten(0, 1),
+        )
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        return self.ffn(x_BSD)
+
+    @property
+    def gate_weight(self) -> None:
+        return None
+
+
+class Ours(BenchLayer):
+    """moe_lvlm's MoELayer with the router that `config` names."""
+
+    def __init__(self, problem: Problem, router: Router, context: RoutingContext | None) -> None:
+        super().__init__()
+        sizes = problem.sizes
+        experts = Experts(
+            num_experts=sizes.experts, model_width=sizes.model_width, ffn_width=sizes.ffn_width, activation="silu"
+        )
+        assert experts.w3 is not None
+        self.layer = MoELayer(router=router, experts=experts, site=Site("bench", 0))
+        self.layer.to(device=problem.x_BSD.device, dtype=problem.x_BSD.dtype)
+        self.context = context
+        with torch.no_grad():
+            router.gate.weight.copy_(problem.gate_ED)
+            experts.w1.copy_(problem.w1_EFD)
+            experts.w2.copy_(problem.w2_EDF)
+            experts.w3.copy_(problem.w3_EFD)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        return self.layer(x_BSD, self.context)
+
+    @property
+    def gate_weight(self) -> Tensor:
+        return self.layer.router.gate.weight
+
+
+class _AllExpertsRouter(LongTailRouter):
+    """LTDR's decision, carried out by computing all experts for all tokens, most of them with weight 0."""
+
+    def forward(self, x_TD: Tensor, context: RoutingContext) -> RoutingDecision:
+        decision = super().forward(x_TD, context)
+        return decision._replace(keep_RK=torch.ones_like(decision.keep_RK))
+
+
+def ours_top_k(problem: Problem) -> BenchLayer:
+    """Ours, plain top-k."""
+    config = MoEConfig(num_experts=problem.sizes.experts, top_k=problem.sizes.top_k)
+    return Ours(problem, build_router(model_width=problem.sizes.model_width, config=config), context=None)
+
+
+def _long_tail_config(problem: Problem) -> MoEConfig:
+    return MoEConfig(
+        num_experts=problem.sizes.experts, top_k=problem.sizes.top_k, router=LongTailRouterSettings(tail_k=None)
+    )
+
+
+def ours_long_tail(problem: Problem) -> BenchLayer:
+    """Ours, LTDR: the tail's tokens on all experts."""
+    router = build_router(model_width=problem.sizes.model_width, config=_long_tail_config(problem))
+    return Ours(problem, router, context=problem.context)
+
+
+def ours_long_tail_masked(problem: Problem) -> BenchLayer:
+    """LTDR as it is without a variable number of experts a token: all experts for all, then a mask."""
+    router = _AllExpertsRouter(model_width=problem.sizes.model_width, config=_long_tail_config(problem))
+    return Ours(problem, router, context=problem.context)
