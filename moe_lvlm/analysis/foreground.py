@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 BoolArray = NDArray[np.bool_]
 FloatArray = NDArray[np.floating]
-
-_MASK_MODES = ("1", "L", "P", "I", "I;16", "RGB")
 
 
 def patch_grid(height: int, width: int, patch_size: int) -> tuple[int, int]:
@@ -30,28 +27,6 @@ def pool_patches(share_HW: FloatArray, patch_size: int) -> NDArray[np.float32]:
     rows, columns = patch_grid(height, width, patch_size)
     cut = share_HW[: rows * patch_size, : columns * patch_size].astype(np.float32)
     return cut.reshape(rows, patch_size, columns, patch_size).mean(axis=(1, 3)).reshape(-1)
-
-
-def foreground_fraction(mask: Image.Image, *, height: int, width: int, patch_size: int) -> NDArray[np.float32]:
-    """Share of foreground in every visual token: float32 [rows x columns], in patch order (row by row).
-
-    Args:
-        mask: of the same part of the image that the tower sees (cut as the image was, if it was). Every pixel that is
-            not 0 is foreground: 0/255, 0/1 and object ids all do.
-        height, width: of the image as the vision tower gets it, in pixels.
-        patch_size: of the vision tower, in pixels.
-
-    Raises:
-        ValueError: a mask of another image mode than 1, L, P, I or RGB, or an image smaller than one patch.
-    """
-    if mask.mode not in _MASK_MODES:
-        raise ValueError(f"mask of mode {mask.mode}; allowed: {', '.join(_MASK_MODES)}")
-    pixels = np.asarray(mask) != 0
-    if pixels.ndim == 3:
-        pixels = pixels.any(axis=-1)
-    # Box resampling: a pixel of the result is the share of foreground under it.
-    resized = Image.fromarray(pixels.astype(np.float32)).resize((width, height), Image.Resampling.BOX)
-    return pool_patches(np.asarray(resized), patch_size).clip(0, 1)
 
 
 def area_under_curve(score: FloatArray, positive: BoolArray) -> float | None:

@@ -148,13 +148,6 @@ class LoadCounter:
         return {"expert_load": loads, "tail_share": shares or None}
 
 
-def load_summary(trace: RoutingTrace) -> dict[str, dict | None]:
-    """`LoadCounter.summary` of one micro-batch."""
-    counter = LoadCounter()
-    counter.update(trace)
-    return counter.summary()
-
-
 def site_name(site: Site) -> str:
     """A site in logs and figures: the layer's index, with its part before it outside the language model."""
     return str(site.layer) if site.part == "language_model" else f"{site.part}.{site.layer}"

@@ -257,8 +257,8 @@ def _facts(folder: RunFolder) -> list[tuple[str, str]]:
         tokens, seconds = _total(steps, "tokens"), _total(steps, "seconds")
         facts += [
             ("steps", f"{steps[-1]['global_step']:,}"),
-            ("time in logged steps", _duration(seconds)),
-            ("tokens in logged steps", _count(tokens)),
+            ("training time", _duration(seconds)),
+            ("tokens", _count(tokens)),
             ("tokens a second", f"{tokens / seconds:,.0f}" if seconds else "–"),
         ]
     done = folder.events("done")

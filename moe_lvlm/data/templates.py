@@ -85,6 +85,7 @@ class ChatTemplate:
         prompt, through = self._prompt(trial[:1]), self._text(trial[:2], add_generation_prompt=False)
         self._after_user = prompt.rpartition("azure")[2]
         self._after_answer = through.rpartition("bronze")[2]
+        self._before_answer = through[len(prompt) :].partition("bronze")[0]
         if not self._after_answer:
             raise TemplateError(
                 f"chat template {name!r}: nothing follows an answer, so no model could learn to end one; put the"
@@ -110,9 +111,7 @@ class ChatTemplate:
                 self._require_prefix(before, text, end)
                 instructions.append(self._instruction(before, turn, end))
             else:
-                through = self._text(turns[:end], add_generation_prompt=False)
-                self._require_prefix(through, text, end)
-                answers.append(self._answer(before, through, end))
+                answers.append(self._answer(before, text, turn, end))
         return Rendered(text, tuple(answers), tuple(instructions))
 
     def _instruction(self, prompt: str, turn: Turn, number: int) -> Span:
@@ -122,15 +121,17 @@ class ChatTemplate:
             raise RecordFault(f"chat template {self._name!r} does not give turn {number} back as it was written")
         return Span(end - len(content), end)
 
-    def _answer(self, prompt: str, through: str, number: int) -> Span:
-        if not through.startswith(prompt) or not through.endswith(self._after_answer):
+    def _answer(self, prompt: str, text: str, turn: Turn, number: int) -> Span:
+        # read off the whole text rather than rendered once more: rendering is most of a sample's cost
+        answer = self._before_answer + self._content(turn)
+        if not text.startswith(answer + self._after_answer, len(prompt)):
             raise RecordFault(
                 f"chat template {self._name!r} does not render turn {number} as the generation prompt, the answer and"
                 f" {self._after_answer!r}"
             )
         # a template may end a turn with a line break and nothing else: then that is what stops generation
         closing = self._after_answer.rstrip() or self._after_answer
-        return Span(len(prompt), len(through) - len(self._after_answer) + len(closing))
+        return Span(len(prompt), len(prompt) + len(answer) + len(closing))
 
     def _require_prefix(self, part: str, text: str, number: int) -> None:
         if not text.startswith(part):

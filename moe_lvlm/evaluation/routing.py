@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, ProcessorMixin
 
 from moe_lvlm.analysis.examples import ExampleStore, displayable
-from moe_lvlm.analysis.foreground import patch_grid
+from moe_lvlm.analysis.foreground import patch_grid, pool_patches
 from moe_lvlm.analysis.statistics import RoutingStatistics
 from moe_lvlm.evaluation.generation import Prompt, collate_prompts
 from moe_lvlm.routing.trace import RoutingTrace
@@ -113,7 +113,4 @@ def foreground_of(is_foreground_HW: NDArray[np.bool_], image_processor: Any, *, 
         mask, do_normalize=False, do_rescale=True, resample=Image.Resampling.BOX, return_tensors="pt"
     )
     share_HW = processed["pixel_values"][0, 0].float().numpy()
-    height, width = share_HW.shape
-    rows, columns = patch_grid(height, width, patch_size)
-    patches = share_HW[: rows * patch_size, : columns * patch_size].reshape(rows, patch_size, columns, patch_size)
-    return patches.mean(axis=(1, 3)).clip(0, 1).reshape(-1).astype(np.float32)
+    return pool_patches(share_HW, patch_size).clip(0, 1)

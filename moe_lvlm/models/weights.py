@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moe_lvlm.moe.decoder import FAMILIES, MoEDecoderLayer
-from moe_lvlm.moe.experts import Experts
 from moe_lvlm.moe.ffn import FFNLayout, cut_experts
 from moe_lvlm.moe.layer import MoELayer
 from moe_lvlm.moe.types import ExpertSlice
@@ -157,8 +156,3 @@ class _Reader:
             raise ValueError(
                 f"{len(left)} tensors of the source have no place in {type(self.model).__name__}: {', '.join(left[:5])}"
             )
-
-
-def experts_of(model: nn.Module) -> list[Experts]:
-    """Every layer's experts, in the model's order."""
-    return [module for module in model.modules() if isinstance(module, Experts)]

@@ -37,10 +37,11 @@ from moe_lvlm.moe.upcycle import moe_layers
 DEEPSPEED_VERSION = "0.19.8"
 
 
-class ExpertParallelMoELayer(MoELayer, AutoEPMoELayer):
+class SharedOutMoELayer(MoELayer):
     """A MoELayer that holds its share of the experts and exchanges rows over an expert-parallel group.
 
-    An AutoEPMoELayer in class only: its constructor is not called and its forward not used.
+    Its own class at ZeRO 1 and 2 where no expert is trained: DeepSpeed would look for the experts' optimizer groups in
+    vain. ZeRO 3 does not, and partitions experts rightly under the class below only.
     """
 
     def __init__(self, layer: MoELayer, *, group_name: str) -> None:
@@ -106,12 +107,19 @@ class ExpertParallelMoELayer(MoELayer, AutoEPMoELayer):
         }
 
 
-def bind_expert_parallel(model: nn.Module, expert_parallel_size: int) -> None:
+class ExpertParallelMoELayer(SharedOutMoELayer, AutoEPMoELayer):
+    """The same with experts that are trained. An AutoEPMoELayer in class only, which is what DeepSpeed's engine looks
+    for: that constructor is not called and that forward not used."""
+
+
+def bind_expert_parallel(model: nn.Module, expert_parallel_size: int, *, zero_stage: int) -> None:
     """Spread the experts of a built model (on meta tensors or not) over groups of `expert_parallel_size` ranks.
 
     The child that is a MoELayer is replaced by its expert-parallel form, before DeepSpeed sees the model and before
-    an optimizer exists. Size 1 changes nothing: experts are then ordinary replicated parameters. The routers' global
-    statistics are summed over all ranks in either case.
+    an optimizer exists; what is trained (`requires_grad`) must be decided. Size 1 changes nothing: experts are then
+    ordinary replicated parameters. The routers' global statistics are summed over all ranks in either case.
+
+    zero_stage: of the engine to come.
 
     Raises:
         ValueError: a size that does not divide the experts or the world.
@@ -136,9 +144,11 @@ def bind_expert_parallel(model: nn.Module, expert_parallel_size: int) -> None:
     group_name = f"ep_size_{expert_parallel_size}"
     if group_name not in groups._get_expert_parallel_group_dict():
         groups._create_expert_and_data_parallel(expert_parallel_size)
+    is_trained = any(p.requires_grad for _, layer in layers for p in layer.experts.parameters())
+    layer_class = ExpertParallelMoELayer if is_trained or zero_stage >= 3 else SharedOutMoELayer
     for name, layer in layers:
         owner, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(owner), leaf, ExpertParallelMoELayer(layer, group_name=group_name))
+        setattr(model.get_submodule(owner), leaf, layer_class(layer, group_name=group_name))
 
 
 def check_deepspeed_version() -> None:

@@ -1,4 +1,4 @@
-"""Joining and leaving the group of processes that train together."""
+"""Joining the group of processes that train together."""
 
 from __future__ import annotations
 
@@ -49,12 +49,6 @@ def join_world(*, timeout: timedelta = timedelta(minutes=30)) -> World:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     return World(dist.get_rank(), dist.get_world_size(), local_rank, device)
-
-
-def leave_world() -> None:
-    """Leave the group; harmless without one."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def _set_environment() -> None:

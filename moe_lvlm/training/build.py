@@ -25,6 +25,7 @@ from moe_lvlm.models.processor import load_processor
 from moe_lvlm.models.upcycle import upcycle
 from moe_lvlm.models.weights import load_weights
 from moe_lvlm.parallel.expert_parallel import bind_expert_parallel
+from moe_lvlm.training.trainable import select_trainable
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -35,9 +36,9 @@ def is_sparse_at(recipe: Recipe, stage: int) -> bool:
 
 
 def build_stage_model(
-    recipe: Recipe, stage: int, checkpoint: Path | None, *, device: torch.device
+    recipe: Recipe, stage: int, checkpoint: Path | None, *, zero_stage: int, device: torch.device
 ) -> MoELlavaForConditionalGeneration:
-    """The model of a stage with this rank's share of the experts.
+    """The model of a stage, what it trains chosen, with this rank's share of the experts.
 
     checkpoint: of the stage before, or of this one when it is resumed; None at the first stage. From a checkpoint or a
     whole model's folder the model is built on meta tensors and filled by ranges, experts cut from the dense FFNs where
@@ -57,14 +58,16 @@ def build_stage_model(
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(router_seed(recipe))
                 upcycle(model, recipe.moe)
-        bind_expert_parallel(model, size)
+        select_trainable(model, recipe.stages[stage].train)
+        bind_expert_parallel(model, size, zero_stage=zero_stage)
         return model.to(device)
     config = config_of(folder)
     if not _is_of_stage(recipe, stage, checkpoint):
         config = _begin_stage(recipe, stage, config)
     config._attn_implementation = choose_attention(recipe.model.attention)
     model = build_empty(config)
-    bind_expert_parallel(model, size)
+    select_trainable(model, recipe.stages[stage].train)
+    bind_expert_parallel(model, size, zero_stage=zero_stage)
     load_weights(model, open_source(folder), device=device, dtype=dtype, router_seed=router_seed(recipe))
     return model
 

@@ -34,7 +34,7 @@ class RunLog:
     def say(self, message: str) -> None:
         """A line for the person who watches."""
         if self.is_enabled:
-            self._console.print(message, markup=False, highlight=False)
+            self._console.print(message, markup=False, highlight=False, soft_wrap=True)
 
     def event(self, name: str, **values: Any) -> None:
         """One line of log.jsonl, and curves of a step's numbers."""

@@ -37,7 +37,6 @@ from moe_lvlm.training.memory import parameter_table
 from moe_lvlm.training.optimizer import learning_rate_at, parameter_groups
 from moe_lvlm.training.state import TrainState
 from moe_lvlm.training.step import StepCounts, StepLosses, count_step, run_step
-from moe_lvlm.training.trainable import select_trainable
 
 
 class TrainingDivergedError(RuntimeError):
@@ -99,8 +98,14 @@ class Stage:
 
     def _start(self, checkpoint: Path | None) -> Any:
         recipe, world = self._run.recipe, self._run.world
-        model = build_stage_model(recipe, self.state.stage, checkpoint, device=world.device)
-        select_trainable(model, self._settings.train)
+        deepspeed = resolve_deepspeed(recipe, self._settings, world.size)
+        model = build_stage_model(
+            recipe,
+            self.state.stage,
+            checkpoint,
+            zero_stage=int(deepspeed["zero_optimization"].get("stage", 0)),
+            device=world.device,
+        )
         if recipe.train.gradient_checkpointing:
             # The reentrant kind loses the gradients of routers.
             model.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -110,7 +115,7 @@ class Stage:
             model,
             parameter_groups(model, learning_rate=self._settings.learning_rate, settings=optimizer),
             optimizer_options={"lr": self._settings.learning_rate, "betas": optimizer.betas, "eps": optimizer.eps},
-            config=resolve_deepspeed(recipe, self._settings, world.size),
+            config=deepspeed,
         )
         torch.manual_seed((recipe.seed * 1000 + self.state.stage) * 100_003 + self.state.step * 1009 + world.rank)
         if checkpoint is not None and self.state.step > 0:
@@ -180,7 +185,7 @@ class Stage:
         self._check_finite(None if norm is None else float(norm), has_skipped=self._engine.skipped_steps > skipped)
         self.state = self.state.after_step(samples=self._settings.global_batch, bad=counts.bad, tokens=counts.tokens)
         if counter is not None:
-            self._log_step(losses, counter, rate, None if norm is None else float(norm), since, tokens, counts)
+            self._log_step(losses, counter, rate, None if norm is None else float(norm), since, tokens)
         return is_logged
 
     def _log_step(
@@ -191,8 +196,8 @@ class Stage:
         norm: float | None,
         since: float,
         tokens: int,
-        counts: StepCounts,
     ) -> None:
+        """since, tokens: the moment of the last logged step, and tokens trained on from then on."""
         for tensor in counter.tensors():
             dist.all_reduce(tensor)
         num = self._order.num_micro_batches
@@ -208,7 +213,7 @@ class Stage:
             "balance_loss": balance,
             "learning_rate": rate,
             "grad_norm": norm,
-            "tokens": counts.tokens,
+            "tokens": tokens,
             "tokens_per_second": tokens / max(seconds, 1e-9),
             "seconds": seconds,
             "epoch": self._order.epoch_at(self.state.step),

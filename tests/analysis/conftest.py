@@ -14,7 +14,7 @@ import yaml
 from PIL import Image, ImageDraw
 
 from moe_lvlm.analysis.examples import ExampleStore
-from moe_lvlm.analysis.foreground import foreground_fraction
+from moe_lvlm.analysis.foreground import pool_patches
 from moe_lvlm.analysis.statistics import RoutingStatistics
 from moe_lvlm.routing.trace import RoutingTrace, Site
 from moe_lvlm.routing.types import Modality, RoutingContext, RoutingDecision
@@ -147,7 +147,7 @@ def write_evaluation(path: Path, *, layers: tuple[int, ...], num_experts: int) -
         image, mask = scene(random)
         name = f"images/{number:03d}.png"
         image.save(path / name)
-        foreground = foreground_fraction(mask, height=GRID * PATCH, width=GRID * PATCH, patch_size=PATCH)
+        foreground = pool_patches(np.asarray(mask) / np.float32(255), PATCH)
         task = list(scores)[number % 4]
         if layers:
             trace = routed_trace(random, foreground, layers=layers, num_experts=num_experts)

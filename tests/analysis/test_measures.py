@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,6 @@ import torch
 from moe_lvlm.analysis.measures import (
     LoadCounter,
     expert_load,
-    load_summary,
     routing_entropy,
     tail_by_site,
     tail_flags,
@@ -38,8 +38,14 @@ def test_entropy_in_nats() -> None:
     torch.testing.assert_close(routing_entropy(probs), torch.tensor([0.0, math.log(2), math.log(4)]))
 
 
-def test_load_summary_is_what_the_log_wants(hand_trace: RoutingTrace) -> None:
-    assert load_summary(hand_trace) == {
+def summary_of(trace: RoutingTrace) -> dict[str, Any]:
+    counter = LoadCounter()
+    counter.update(trace)
+    return counter.summary()
+
+
+def test_load_counter_says_what_the_log_wants(hand_trace: RoutingTrace) -> None:
+    assert summary_of(hand_trace) == {
         "expert_load": {"2": {"language": LANGUAGE_LOAD, "vision": VISION_LOAD}},
         "tail_share": {"2": 2 / 5},
     }
@@ -65,14 +71,14 @@ def test_load_counter_sums_over_ranks_in_place(hand_trace: RoutingTrace) -> None
     assert counter.summary()["expert_load"] == {"2": {"language": [6, 4, 0, 2], "vision": [10, 10, 4, 4]}}
 
 
-def test_load_summary_of_text_and_of_a_dense_model() -> None:
+def test_load_counter_of_text_and_of_a_dense_model() -> None:
     context = RoutingContext.all_language((1, 3), torch.device("cpu"))
     trace = RoutingTrace(context)
-    assert load_summary(trace) == {"expert_load": None, "tail_share": None}
+    assert summary_of(trace) == {"expert_load": None, "tail_share": None}
     probs = torch.tensor([[0.6, 0.4]] * 3)
     decision = RoutingDecision(probs.log(), probs, torch.zeros(3, 1).long(), probs[:, :1], torch.ones(3, 1).bool())
     trace.record(Site("connector", 0), decision)
-    assert load_summary(trace) == {
+    assert summary_of(trace) == {
         "expert_load": {"connector.0": {"language": [3, 0], "vision": [0, 0]}},
         "tail_share": None,
     }

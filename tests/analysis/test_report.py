@@ -103,8 +103,8 @@ def test_numbers_on_the_page(whole: Path) -> None:
     assert "2 bad samples left out" in text
     assert "1.23 M parameters" in text
     assert "270 steps" in text
-    assert "54.0 s time in logged steps" in text  # 270 steps of .2 s
-    assert "1.08 M tokens in logged steps" in text  # 270 steps of 4000
+    assert "54.0 s training time" in text  # 270 steps of .2 s
+    assert "1.08 M tokens" in text  # 270 steps of 4000
     assert "20,000 tokens a second" in text
     assert "4, top 2, layers: sparse" in text
     assert "ltdr, tail_k all, tail_scope batch" in text

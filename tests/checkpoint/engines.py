@@ -94,7 +94,7 @@ def make_engine(case: Case, seed: int) -> Any:
     groups._EXPERT_PARALLEL_GROUP = {}
     groups._EXPERT_DATA_PARALLEL_GROUP = {}
     model = Tiny(seed)
-    bind_expert_parallel(model, case.expert_parallel_size)
+    bind_expert_parallel(model, case.expert_parallel_size, zero_stage=case.stage)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer_groups = [
         {"name": "decay", "params": [p for p in trained if p.dim() > 1], "lr": 3e-3, "weight_decay": 0.1},

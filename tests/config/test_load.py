@@ -39,8 +39,8 @@ def test_quickstart_is_the_recipe_that_was_measured() -> None:
     recipe = load_recipe("quickstart")
     assert [(stage.name, stage.steps, stage.learning_rate) for stage in recipe.stages] == [
         ("align", 60, 2e-3),
-        ("tune", 400, 2e-3),
-        ("sparse", 250, 1e-3),
+        ("tune", 320, 2e-3),
+        ("sparse", 160, 1e-3),
     ]
     assert {(stage.micro_batch, stage.global_batch) for stage in recipe.stages} == {(32, 64)}
     assert [stage.upcycle for stage in recipe.stages] == [False, False, True]

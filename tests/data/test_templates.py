@@ -92,7 +92,7 @@ def test_the_image_mark_may_have_another_name(tokenizer: PreTrainedTokenizerFast
     ("jinja", "message"),
     [
         ("{% for m in messages %}{{ m['content'] }}{% endfor %}", "nothing follows an answer"),
-        (FORGETFUL, "up to turn 2 .* not a prefix.*Allowed are.*chatml"),
+        (FORGETFUL, "does not render turn 2 as.*Allowed are.*chatml"),
         ("{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}{% if add_generation_prompt %}GO{% endif %}",
          "up to turn 1 .* not a prefix"),
         ("{% for m in messages %}{{ m['content'] | upper + eos_token }}{% endfor %}", "back as it was written"),

@@ -1,0 +1,119 @@
+"""Ctrl-C and SIGTERM save and leave; the same command goes on as if nothing had been."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from moe_lvlm.training.interrupt import Interrupt
+from tests.training.conftest import OVERRIDES
+from tests.training.launching import ROOT, TIME_LIMIT, Job, Server, events, has_step
+from tests.training.states import assert_same_checkpoint
+
+LAST = "sparse-000005"
+
+
+def assert_stopped(run: Path) -> None:
+    """It said so, and it saved after the last step that it did."""
+    assert not (run / "DONE").exists()
+    log = events(run)
+    assert [line["event"] for line in log.lines[-2:]] == ["checkpoint", "stopped"]
+    step = log.named("step")[-1]
+    name = f"{step['stage']}-{step['step']:06d}"
+    assert Path(log.lines[-1]["path"]).name == name
+    assert (run / "checkpoints" / "latest").read_text().strip() == name
+
+
+def assert_goes_on(server: Server, command: list[str], run: Path, unbroken: Path) -> None:
+    server.run(command)
+    assert (run / "DONE").exists()
+    assert events(run).steps() == events(unbroken).steps()
+    assert_same_checkpoint(run / "checkpoints" / LAST, unbroken / "checkpoints" / LAST)
+
+
+def assert_no_orphans(job: Job) -> None:
+    """Nothing of its process group is left; data workers leave a moment after their trainer."""
+    limit = time.monotonic() + 30
+    while time.monotonic() < limit:
+        try:
+            os.killpg(job.pids[0], 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    job.signal(signal.SIGKILL)
+    raise AssertionError("processes of the run are left")
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_all_processes_get_a_signal(
+    number: signal.Signals, server: Server, recipe: Path, unbroken: Path, tmp_path: Path
+) -> None:
+    """Ctrl-C in a terminal reaches all, and so does SIGTERM from torchrun: data workers too."""
+    run = tmp_path / "run"
+    command = ["train", str(recipe), *OVERRIDES, "data.num_workers=1", f"output_dir={run}"]
+    job = server.start(command)
+    job.wait_until(has_step(run, "tune", 1))
+    job.signal(number)
+    assert job.wait() == [0, 0], job.output
+    assert_no_orphans(job)
+    assert_stopped(run)
+    assert_goes_on(server, command, run, unbroken)
+
+
+@pytest.mark.distributed
+def test_torchrun_gets_sigterm(server: Server, recipe: Path, unbroken: Path, tmp_path: Path) -> None:
+    """As from a batch system: to the launcher alone, which hands it on and then itself ends with status 1."""
+    run = tmp_path / "run"
+    command = ["train", str(recipe), *OVERRIDES, f"output_dir={run}"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    with (tmp_path / "output.txt").open("wb") as output:
+        process = subprocess.Popen(
+            [*launcher, "-m", "moe_lvlm", *command], cwd=ROOT, stdout=output, stderr=output, start_new_session=True
+        )
+        try:
+            limit = time.monotonic() + TIME_LIMIT
+            while not has_step(run, "tune", 1)():
+                assert process.poll() is None and time.monotonic() < limit, (tmp_path / "output.txt").read_text()
+                time.sleep(0.01)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(TIME_LIMIT) == 1, (tmp_path / "output.txt").read_text()
+            assert processes_with(str(run)) == []
+        finally:
+            for pid in [process.pid, *processes_with(str(run))]:
+                if process.poll() is None or pid != process.pid:
+                    os.killpg(os.getpgid(pid), signal.SIGKILL)
+    assert_stopped(run)
+    assert_goes_on(server, command, run, unbroken)
+
+
+def processes_with(argument: str) -> list[int]:
+    """Processes with that text on their command line; torchrun gives each of its own a session."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                if argument.encode() in (entry / "cmdline").read_bytes():
+                    found.append(int(entry.name))
+            except OSError:
+                continue
+    return found
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupt_notes_the_first_signal(number: signal.Signals) -> None:
+    before = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}
+    with Interrupt() as interrupt:
+        assert not interrupt.is_requested
+        signal.raise_signal(number)
+        assert interrupt.is_requested
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert {one: signal.getsignal(one) for one in before} == before
