@@ -15,11 +15,10 @@ import torch
 
 from moe_lvlm.config.load import dump_recipe, load_recipe
 from moe_lvlm.config.recipe import Recipe
+from moe_lvlm.models.load import CHECKPOINTS, PROCESSOR
 
 RECIPE = "recipe.yaml"
 DONE = "DONE"
-CHECKPOINTS = "checkpoints"
-PROCESSOR = "processor"
 BAD_SAMPLES = "bad_samples.jsonl"
 _OURS = (
     RECIPE, DONE, CHECKPOINTS, PROCESSOR, BAD_SAMPLES, "deepspeed.json", "environment.txt", "log.jsonl", "tensorboard",
