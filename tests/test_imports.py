@@ -27,6 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "parallel": {*MAIN_LINE},
     "data": {"config", "routing"},
     "checkpoint": {"config"},
+    "conversion": {*MAIN_LINE, "data", "checkpoint"},
     "analysis": {*MAIN_LINE, "data"},
     "evaluation": {*MAIN_LINE, "data", "checkpoint", "analysis"},
     "training": {*MAIN_LINE, "parallel", "data", "checkpoint", "analysis", "evaluation"},

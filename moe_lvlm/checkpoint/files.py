@@ -7,12 +7,13 @@ operating system's error (ENOSPC). The format: 8 bytes of header length (little 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 import xxhash
@@ -20,7 +21,8 @@ from torch import Tensor
 
 from moe_lvlm.checkpoint.layout import DTYPE_NAMES
 
-_CHUNK = 16 * 2**20
+CHUNK_BYTES = 16 * 2**20  # read and written at once
+Advance = Callable[[int], None]  # told of every so many bytes that were written
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,14 +78,45 @@ def write_json(path: Path, data: Mapping[str, Any]) -> FileRecord:
     return write_bytes(path, json.dumps(data, indent=1, allow_nan=False).encode())
 
 
-def write_safetensors(path: Path, tensors: Sequence[tuple[str, Tensor]]) -> FileRecord:
-    """A new safetensors file with these tensors, of any device, in this order; one at a time is copied to the host."""
-    header: dict[str, Any] = {}
+class StreamedTensor(NamedTuple):
+    """A tensor that is made while it is written. pieces: the consecutive parts of its flattened elements, in order."""
+
+    key: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    pieces: Callable[[], Iterable[Tensor]]
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    @staticmethod
+    def of(key: str, tensor: Tensor) -> StreamedTensor:
+        """A tensor that is there, of any device."""
+        return StreamedTensor(key, tensor.dtype, tuple(tensor.shape), lambda: (tensor,))
+
+
+def write_safetensors(
+    path: Path,
+    tensors: Sequence[StreamedTensor],
+    *,
+    metadata: Mapping[str, str] | None = None,
+    advance: Advance = lambda num_bytes: None,
+) -> FileRecord:
+    """A new safetensors file with these tensors, in this order; one piece at a time is in host memory.
+
+    Raises:
+        ValueError: a tensor's pieces are of another dtype, or more or fewer elements, than it says.
+    """
+    header: dict[str, Any] = {} if metadata is None else {"__metadata__": dict(metadata)}
     offset = 0
-    for key, tensor in tensors:
-        stop = offset + tensor.numel() * tensor.element_size()
-        shape = list(tensor.shape)
-        header[key] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": shape, "data_offsets": [offset, stop]}
+    for tensor in tensors:
+        stop = offset + tensor.num_bytes
+        header[tensor.key] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, stop],
+        }
         offset = stop
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)  # the format aligns the data to 8 bytes
@@ -92,18 +125,26 @@ def write_safetensors(path: Path, tensors: Sequence[tuple[str, Tensor]]) -> File
     try:
         file.write(len(encoded).to_bytes(8, "little"))
         file.write(encoded)
-        for _, tensor in tensors:
-            _write_tensor(file, tensor)
+        for tensor in tensors:
+            _write_tensor(file, tensor, advance)
         return file.close()
     except BaseException:
         file.abandon()
         raise
 
 
-def _write_tensor(file: HashedFile, tensor: Tensor) -> None:
-    data = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
-    for chunk in data.split(_CHUNK):
-        file.write(chunk.numpy().data)
+def _write_tensor(file: HashedFile, tensor: StreamedTensor, advance: Advance) -> None:
+    left = math.prod(tensor.shape)
+    for piece in tensor.pieces():
+        left -= piece.numel()
+        if piece.dtype != tensor.dtype or left < 0:
+            raise ValueError(f"{tensor.key}: a piece of {piece.numel()} x {piece.dtype} does not fit {tensor[1:3]}")
+        data = piece.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8)
+        for chunk in data.split(CHUNK_BYTES):
+            file.write(chunk.numpy().data)
+            advance(chunk.numel())
+    if left:
+        raise ValueError(f"{tensor.key}: {left} elements are missing")
 
 
 def hash_file(path: Path) -> FileRecord:
@@ -111,7 +152,7 @@ def hash_file(path: Path) -> FileRecord:
     digest = xxhash.xxh3_128()
     size = 0
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
+        while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
             size += len(chunk)
     return FileRecord(size, digest.hexdigest())
@@ -135,6 +176,25 @@ def replace_text(path: Path, text: str) -> None:
     fsync_folder(path.parent)
 
 
+def replace_folder(temporary: Path, target: Path) -> None:
+    """Give a finished folder its name, atomically; what had the name before goes once the new one has it."""
+    aside = target.with_name(f".{target.name}.old")
+    if target.exists():
+        if aside.exists():  # a process was killed after it had replaced it, and before it could remove it
+            shutil.rmtree(aside)
+        target.rename(aside)
+    temporary.rename(target)
+    fsync_folder(target.parent)
+    if aside.exists():
+        shutil.rmtree(aside)
+
+
 def free_bytes(path: Path) -> int:
     """Bytes that an unprivileged process may still write at this path."""
     return shutil.disk_usage(path).free
+
+
+def require_free_bytes(directory: Path, needed: int) -> None:
+    """Raises OSError unless `needed` bytes can still be written at this path."""
+    if (free := free_bytes(directory)) < needed:
+        raise OSError(f"{directory}: {free:,} bytes free, {needed:,} needed")

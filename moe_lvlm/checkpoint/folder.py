@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-from moe_lvlm.checkpoint.files import fsync_folder, replace_text
+from moe_lvlm.checkpoint.files import replace_folder, replace_text
 from moe_lvlm.checkpoint.layout import (
     LATEST_FILE,
     MANIFEST_FILE,
@@ -53,15 +53,9 @@ def read_latest(directory: Path) -> str | None:
 
 def publish(directory: Path, name: str) -> None:
     """Give a finished temporary folder its name, atomically, and make it the latest."""
-    target = directory / name
-    aside = directory / f".{name}.old"
-    if target.exists():  # saved before and passed over on resuming, since it was damaged or another was asked for
-        target.rename(aside)
-    temporary_path(directory, name).rename(target)
-    fsync_folder(directory)
+    # One of that name may be there: passed over on resuming, since it was damaged or another was asked for.
+    replace_folder(temporary_path(directory, name), directory / name)
     replace_text(directory / LATEST_FILE, f"{name}\n")
-    if aside.exists():
-        shutil.rmtree(aside)
 
 
 def tidy(directory: Path, log: Log) -> None:

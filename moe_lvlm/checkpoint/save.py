@@ -11,7 +11,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -19,14 +19,14 @@ import torch
 from torch import Tensor
 
 from moe_lvlm.checkpoint import layout
-from moe_lvlm.checkpoint.files import FileRecord, free_bytes, fsync_folder, write_json, write_safetensors
+from moe_lvlm.checkpoint.documents import SLACK_BYTES, write_documents
+from moe_lvlm.checkpoint.files import FileRecord, StreamedTensor, require_free_bytes, write_safetensors
 from moe_lvlm.checkpoint.folder import Log, publish, retire, temporary_path, tidy
 from moe_lvlm.checkpoint.fragments import Fragment, LiveTraining
 from moe_lvlm.checkpoint.layout import Entry, Index, Kind, Range, check_name
 from moe_lvlm.checkpoint.ranks import Ranks, SaveError, agree
 
 _RESERVED = {"format_version", "engine", "learning_rates", "saved_world_size"}
-_SLACK_BYTES = 16 * 2**20  # JSON files, headers, generators
 _Result = TypeVar("_Result")
 
 
@@ -160,9 +160,7 @@ def _claim(
     """The fragments that this rank writes. Raises OSError if all ranks' together do not fit on the disk."""
     load = [partitioned for _, partitioned in plans]
     writers = choose_writers([replicated for replicated, _ in plans], load)
-    needed = sum(load) + sum(fragment.num_bytes for fragment in writers) + _SLACK_BYTES
-    if (free := free_bytes(directory)) < needed:
-        raise OSError(f"{directory}: {free:,} bytes free, {needed:,} needed: free some or lower keep_last")
+    require_free_bytes(directory, sum(load) + sum(fragment.num_bytes for fragment in writers) + SLACK_BYTES)
     return [one for one in fragments if not one.is_replicated or writers[_owned(one)] == rank]
 
 
@@ -179,10 +177,12 @@ def _write_rank(
         key = f"{one.name}:{one.kind}:{one.start}"
         piece = Range(one.start, one.stop, file, key)
         written.append(Written(one.name, one.kind, one.tensor.dtype, one.shape, one.step, piece))
-    tensors = [(entry.range.key, one.tensor) for entry, one in zip(written, fragments, strict=True)]
-    records = {file: write_safetensors(temporary / file, tensors)}
-    records[layout.rng_file(rank)] = write_safetensors(temporary / layout.rng_file(rank), list(rng.items()))
-    return written, records
+    tensors = [StreamedTensor.of(entry.range.key, one.tensor) for entry, one in zip(written, fragments, strict=True)]
+    generators = [StreamedTensor.of(key, tensor) for key, tensor in rng.items()]
+    return written, {
+        file: write_safetensors(temporary / file, tensors),
+        layout.rng_file(rank): write_safetensors(temporary / layout.rng_file(rank), generators),
+    }
 
 
 def _write_rest(
@@ -200,16 +200,7 @@ def _write_rest(
         if not (temporary / file).is_file() or (temporary / file).stat().st_size != record.size:
             raise OSError(f"{temporary / file}: rank 0 does not see what another rank wrote; use a shared file system")
     index = merge_index([entry for written, _ in gathered for entry in written])
-    files[layout.INDEX_FILE] = write_json(temporary / layout.INDEX_FILE, index.to_json())
-    files[layout.CONFIG_FILE] = write_json(temporary / layout.CONFIG_FILE, config)
-    files[layout.STATE_FILE] = write_json(temporary / layout.STATE_FILE, state)
-    manifest = {
-        "format_version": layout.FORMAT_VERSION,
-        "files": {file: asdict(record) for file, record in sorted(files.items())},
-    }
-    record = write_json(temporary / layout.MANIFEST_FILE, manifest)
-    fsync_folder(temporary)
-    return record.size + sum(one.size for one in files.values())
+    return write_documents(temporary, files, index=index, config=config, state=state)
 
 
 def merge_index(written: Sequence[Written]) -> Index:

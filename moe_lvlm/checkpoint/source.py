@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -48,6 +49,75 @@ def open_source(path: Path) -> WeightSource:
     if any(name.endswith((".bin", ".pt", ".pth")) for name in found):
         allowed += "; pickle files (.bin, .pt, .pth) can run code when they are loaded, save them as safetensors first"
     raise CheckpointError(f"{path}: has {', '.join(found[:10]) or 'nothing'}; {allowed}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LazyTensor:
+    """A tensor of known shape and type that is computed when it is read.
+
+    read: rows [start, stop) of dimension 0, on the CPU in `dtype`; (0, 1) for a tensor without dimensions.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    read: Callable[[int, int], Tensor]
+
+    @property
+    def num_rows(self) -> int:
+        return self.shape[0] if self.shape else 1
+
+    def to(self, dtype: torch.dtype | None) -> LazyTensor:
+        """The same values in another type; None leaves it."""
+        if dtype is None or dtype == self.dtype:
+            return self
+        return replace(self, dtype=dtype, read=lambda start, stop: self.read(start, stop).to(dtype))
+
+    @staticmethod
+    def of(tensor: Tensor) -> LazyTensor:
+        """A tensor that is there."""
+        return LazyTensor(
+            shape=tuple(tensor.shape),
+            dtype=tensor.dtype,
+            read=lambda start, stop: tensor[start:stop] if tensor.dim() else tensor,
+        )
+
+    @staticmethod
+    def from_source(source: WeightSource, name: str) -> LazyTensor:
+        """A tensor of a source as it is."""
+        return LazyTensor(
+            shape=source.shape(name), dtype=source.dtype(name), read=lambda start, stop: source.read(name, start, stop)
+        )
+
+
+class LazySource:
+    """Weights that are computed from others while they are read: what a conversion is.
+
+    A conversion is a function from a source to a source; it can be written to a folder, or fill a model directly.
+    """
+
+    def __init__(self, tensors: Mapping[str, LazyTensor]) -> None:
+        self.tensors = dict(tensors)
+
+    def names(self) -> Sequence[str]:
+        return list(self.tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._tensor(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._tensor(name).dtype
+
+    def read(self, name: str, start: int | None = None, stop: int | None = None) -> Tensor:
+        tensor = self._tensor(name)
+        first, last = 0 if start is None else start, tensor.num_rows if stop is None else stop
+        if not 0 <= first <= last <= tensor.num_rows:
+            raise ValueError(f"{name}: rows [{first}, {last}) wanted, has {tensor.num_rows}")
+        return tensor.read(first, last)
+
+    def _tensor(self, name: str) -> LazyTensor:
+        if name not in self.tensors:
+            raise CheckpointError(f"no weight {name!r} among {len(self.tensors)}")
+        return self.tensors[name]
 
 
 class CheckpointSource:

@@ -18,7 +18,7 @@ import xxhash
 from safetensors.torch import load_file
 from torch import nn
 
-from moe_lvlm.checkpoint import files, save
+from moe_lvlm.checkpoint import files
 from moe_lvlm.checkpoint.folder import list_checkpoints, read_latest, temporary_path
 from moe_lvlm.checkpoint.fragments import LiveTraining, live_model
 from moe_lvlm.checkpoint.layout import CheckpointError
@@ -301,7 +301,7 @@ def test_a_failed_write_leaves_everything_as_it_was(tmp_path: Path, monkeypatch:
 
 def test_a_full_disk_is_seen_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_one(tmp_path, "c1", stepped(), 1)
-    monkeypatch.setattr(save, "free_bytes", lambda path: 1000)
+    monkeypatch.setattr(files, "free_bytes", lambda path: 1000)
     with pytest.raises(SaveError, match=r"1,000 bytes free, [\d,]+ needed"):
         save_one(tmp_path, "c2", stepped(), 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c1", "latest"]
