@@ -14,6 +14,7 @@ from moe_lvlm import __version__
 if TYPE_CHECKING:
     from moe_lvlm.config.recipe import Recipe
 
+FAILED = 1
 USER_ERROR = 2
 INTERRUPTED = 130
 # What a user can cause and mend. Anything else is ours and keeps its traceback.
@@ -148,9 +149,16 @@ def _train(arguments: argparse.Namespace) -> None:
     for stage in recipe.stages:  # find what does not fit before torch is loaded and processes meet
         resolve_deepspeed(recipe, stage, int(os.environ.get("WORLD_SIZE", "1")))
 
+    from moe_lvlm.checkpoint.ranks import SaveError
     from moe_lvlm.training.run import train
 
-    train(recipe, resume=not arguments.fresh)
+    try:
+        train(recipe, resume=not arguments.fresh)
+    except SaveError as error:  # a full disk and the like, said by all ranks in one sentence
+        if arguments.debug:
+            raise
+        _complain(f"error: {error}")
+        raise SystemExit(FAILED) from error
 
 
 def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

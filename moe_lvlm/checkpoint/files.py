@@ -11,6 +11,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -21,8 +22,8 @@ from torch import Tensor
 
 from moe_lvlm.checkpoint.layout import DTYPE_NAMES
 
-CHUNK_BYTES = 16 * 2**20  # read and written at once
-Advance = Callable[[int], None]  # told of every so many bytes that were written
+CHUNK_BYTES = 4 * 2**20  # read and written at once: more is not faster, and fits no cache
+Advance = Callable[[int], None]  # told of every so many bytes that were written or read
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,41 @@ class FileRecord:
 
     size: int
     xxh3_128: str
+
+
+Close = Callable[[BinaryIO], None]  # brings a flushed file to the disk and closes it
+
+
+def close_synced(file: BinaryIO) -> None:
+    """Close a flushed file once it is on the disk."""
+    try:
+        os.fsync(file.fileno())
+    finally:
+        file.close()
+
+
+class SyncThread:
+    """Brings files to the disk one after the other, while the next one is written.
+
+    A context: at its end all of them are there, or the first error is raised.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="sync")
+        self._closing: list[Future[None]] = []
+
+    def close(self, file: BinaryIO) -> None:
+        """As `close_synced`, by and by."""
+        self._closing.append(self._thread.submit(close_synced, file))
+
+    def __enter__(self) -> SyncThread:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *exception: object) -> None:
+        self._thread.shutdown(wait=True)
+        if kind is None:
+            for closing in self._closing:
+                closing.result()
 
 
 class HashedFile:
@@ -46,11 +82,10 @@ class HashedFile:
         self._hash.update(data)
         self._size += len(data)
 
-    def close(self) -> FileRecord:
-        """Flush to the disk and close."""
+    def close(self, close: Close = close_synced) -> FileRecord:
+        """Flush to the disk and close, or leave both to `close`."""
         self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        close(self._file)
         return FileRecord(self._size, self._hash.hexdigest())
 
     def abandon(self) -> None:
@@ -102,8 +137,11 @@ def write_safetensors(
     *,
     metadata: Mapping[str, str] | None = None,
     advance: Advance = lambda num_bytes: None,
+    close: Close = close_synced,
 ) -> FileRecord:
     """A new safetensors file with these tensors, in this order; one piece at a time is in host memory.
+
+    close: how the file comes to the disk; it is there when this returns, unless that is left to a `SyncThread`.
 
     Raises:
         ValueError: a tensor's pieces are of another dtype, or more or fewer elements, than it says.
@@ -127,7 +165,7 @@ def write_safetensors(
         file.write(encoded)
         for tensor in tensors:
             _write_tensor(file, tensor, advance)
-        return file.close()
+        return file.close(close)
     except BaseException:
         file.abandon()
         raise
@@ -147,14 +185,16 @@ def _write_tensor(file: HashedFile, tensor: StreamedTensor, advance: Advance) ->
         raise ValueError(f"{tensor.key}: {left} elements are missing")
 
 
-def hash_file(path: Path) -> FileRecord:
-    """Size and hash of a file as it is on the disk."""
+def hash_file(path: Path, *, advance: Advance = lambda num_bytes: None) -> FileRecord:
+    """Size and hash of a file as it is on the disk. advance: told of the bytes read; what it raises ends the reading."""
     digest = xxhash.xxh3_128()
     size = 0
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-            size += len(chunk)
+    buffer = memoryview(bytearray(min(CHUNK_BYTES, path.stat().st_size + 1)))
+    with path.open("rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            digest.update(buffer[:count])
+            size += count
+            advance(count)
     return FileRecord(size, digest.hexdigest())
 
 

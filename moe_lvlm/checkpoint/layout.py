@@ -30,6 +30,7 @@ STATE_FILE = "state.json"
 INDEX_FILE = "index.json"
 MANIFEST_FILE = "manifest.json"
 LATEST_FILE = "latest"
+HAS_OPTIMIZER = "has_optimizer"  # key of state.json: whether training can go on; absent means true
 
 Kind = Literal["weight", "master", "exp_avg", "exp_avg_sq"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
@@ -81,6 +82,11 @@ def check_name(name: str) -> str:
 def is_data_file(name: str) -> bool:
     """Whether a file of this name belongs to a checkpoint folder."""
     return _DATA_FILE.fullmatch(name) is not None
+
+
+def is_rank_file(name: str) -> bool:
+    """Whether a file of this name holds ranges of tensors."""
+    return _RANK_FILE.fullmatch(name) is not None
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,7 @@ from moe_lvlm.checkpoint.files import (
     Advance,
     FileRecord,
     StreamedTensor,
+    SyncThread,
     replace_folder,
     require_free_bytes,
     write_bytes,
@@ -96,7 +97,7 @@ def write_model_folder(
     target = Path(target).absolute()
     check_target(target, is_overwriting=is_overwriting)
     for name in documents:
-        if Path(name).name != name or name.endswith(".safetensors"):
+        if Path(name).name != name or name in ("", ".", "..") or name.endswith(".safetensors"):
             raise ValueError(f"document {name!r}; allowed: the name of a file that holds no weights")
     shards = plan_shards(source, max_shard_bytes=max_shard_bytes)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -131,9 +132,12 @@ def _write_files(
     folder: Path, source: WeightSource, shards: Shards, documents: Mapping[str, bytes], advance: Advance
 ) -> dict[str, FileRecord]:
     records = {}
-    for file, names in shards.names_of.items():
-        streams = [_stream(source, name) for name in names]
-        records[file] = write_safetensors(folder / file, streams, metadata={"format": "pt"}, advance=advance)
+    with SyncThread() as sync:
+        for file, names in shards.names_of.items():
+            streams = [_stream(source, name) for name in names]
+            records[file] = write_safetensors(
+                folder / file, streams, metadata={"format": "pt"}, advance=advance, close=sync.close
+            )
     if len(shards.names_of) > 1:
         weight_map = {name: file for file, names in shards.names_of.items() for name in names}
         index = {"metadata": {"total_size": shards.num_bytes}, "weight_map": dict(sorted(weight_map.items()))}

@@ -57,6 +57,34 @@ class Checkpoint:
         self.read_into(values, name, kind, start)
         return values
 
+    def view(self, name: str, kind: Kind, start: int, stop: int) -> Tensor:
+        """What `read` gives, not to be written to: where one range has all of it, it is the file's own memory.
+
+        So it costs no copy and no memory of the process; the file must not shrink as long as it is used.
+        """
+        entry = self.entry(name, kind)
+        for piece in () if entry is None else entry.ranges:
+            if piece.start <= start < stop <= piece.stop:
+                return self._read(piece, start, stop)
+        return self.read(name, kind, start, stop)
+
+    def names_in_file_order(self) -> list[str]:
+        """All logical tensors, by where their first ranges lie: read so, each file is read from front to back."""
+        places: dict[tuple[str, str], int] = {}
+        for file in sorted(self.index.files()):
+            places |= {(file, key): place for place, key in enumerate(self._open(file).offset_keys())}
+
+        def first(name: str) -> tuple[str, int]:
+            ranges = [piece for entry in self.index.tensors[name].values() for piece in entry.ranges[:1]]
+            return min(((one.file, places.get((one.file, one.key), 0)) for one in ranges), default=("", 0))
+
+        return sorted(self.index.tensors, key=first)
+
+    def open_files(self) -> None:
+        """Open all files with ranges, which otherwise happens when they are first read; then threads may read."""
+        for file in sorted(self.index.files()):
+            self._open(file)
+
     def rng(self, rank: int) -> dict[str, Tensor] | None:
         """The generators of that rank of the run that saved, None if it had no such rank: `restore_rng`."""
         path = self.path / layout.rng_file(rank)
@@ -64,9 +92,7 @@ class Checkpoint:
 
     def _read(self, piece: Range, start: int, stop: int) -> Tensor:
         try:
-            if piece.file not in self._files:
-                self._files[piece.file] = safetensors.safe_open(self.path / piece.file, framework="pt")
-            part: Tensor = self._files[piece.file].get_slice(piece.key)[start - piece.start : stop - piece.start]
+            part: Tensor = self._open(piece.file).get_slice(piece.key)[start - piece.start : stop - piece.start]
         except (safetensors.SafetensorError, OSError) as error:
             raise CheckpointError(f"{self.path / piece.file}: {piece.key}: {error}") from error
         if part.numel() != stop - start:
@@ -75,6 +101,14 @@ class Checkpoint:
                 f"that {layout.INDEX_FILE} says"
             )
         return part
+
+    def _open(self, file: str) -> Any:
+        if file not in self._files:
+            try:
+                self._files[file] = safetensors.safe_open(self.path / file, framework="pt")
+            except (safetensors.SafetensorError, OSError) as error:
+                raise CheckpointError(f"{self.path / file}: {error}") from error
+        return self._files[file]
 
 
 def read_index(path: Path) -> Index:

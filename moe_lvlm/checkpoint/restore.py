@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from moe_lvlm.checkpoint.fragments import FlatGroup, LiveTraining, create_moments
-from moe_lvlm.checkpoint.layout import MOMENTS, CheckpointError
+from moe_lvlm.checkpoint.layout import HAS_OPTIMIZER, MOMENTS, CheckpointError
 from moe_lvlm.checkpoint.reader import Checkpoint
 
 
@@ -15,8 +15,14 @@ def restore_training_state(training: LiveTraining, checkpoint: Checkpoint) -> No
     Sets masters, moments, the optimizer's counts of steps, learning rates, the engine's counters and schedule, the
     weights of frozen parameters, buffers; then the model's low-precision weights. Only the ranges that this rank
     holds are read. Not set: random generators (`Checkpoint.rng`) and the loop's own state (`Checkpoint.state`).
-    Raises CheckpointError if the checkpoint is of another model or of another choice of what is trained.
+    Raises CheckpointError if the checkpoint is of another model or of another choice of what is trained, or was
+    stripped of its optimizer state.
     """
+    if not checkpoint.state.get(HAS_OPTIMIZER, True):
+        raise CheckpointError(
+            f"{checkpoint.path}: its optimizer state was dropped, so training cannot go on from it; a new run can "
+            "start from it (model.from_pretrained)"
+        )
     _check_same_tensors(training, checkpoint)
     names = training.names()
     for group in training.groups:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -24,14 +24,16 @@ from moe_lvlm.checkpoint.files import (
     Advance,
     FileRecord,
     StreamedTensor,
+    SyncThread,
+    replace_folder,
     require_free_bytes,
     write_safetensors,
 )
-from moe_lvlm.checkpoint.folder import Log, publish, temporary_path, tidy
-from moe_lvlm.checkpoint.layout import Entry, Index, Kind, Range, check_name
+from moe_lvlm.checkpoint.folder import Log, global_step, publish, read_latest, temporary_path
+from moe_lvlm.checkpoint.layout import LATEST_FILE, Entry, Index, Kind, Range, check_name, is_data_file
 from moe_lvlm.checkpoint.save import SaveReport
 
-_PARTS_OF_A_TENSOR = 2**20  # bytes below which a tensor is not divided between two files
+WHOLE_BYTES = 2**20  # a smaller tensor is not divided between two files
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,54 +76,96 @@ def write_checkpoint(
     state: Mapping[str, Any],
     rng: Sequence[Mapping[str, Tensor]] = (),
     num_files: int = 1,
-    log: Log,
+    is_overwriting: bool = True,
+    before_publishing: Callable[[], None] = lambda: None,
+    log: Log = lambda line: None,
     advance: Advance = lambda num_bytes: None,
 ) -> SaveReport:
-    """Write `directory`/`name` and make it the latest, as atomically as a save in training.
+    """Write `directory`/`name`, as atomically as a save in training. For one process that has the folder to itself.
+
+    It becomes the latest, unless that is one of a later step, or training could not go on from this one.
 
     config: the model's configuration. state: all of state.json but its format version. rng: the generators of each
     rank that saved. num_files: among how many files the tensors go, by bytes; parts of a tensor may lie in two files.
-    advance: told of the bytes written, out of `total_bytes`.
+    before_publishing: called when everything is written; what it raises undoes the writing. log: told if it is not the
+    latest. advance: told of the bytes written, out of `total_bytes`.
 
     Raises:
+        ValueError: the checkpoint exists and may not be replaced; or its place holds something else.
         OSError: the disk is full, or fails; nothing is left behind then.
     """
     started = time.monotonic()
     directory = Path(directory)
-    temporary = temporary_path(directory, check_name(name))
+    check_target(directory / check_name(name), is_overwriting=is_overwriting)
+    index = plan_files(tensors, num_files)
+    temporary = temporary_path(directory, name)
     directory.mkdir(parents=True, exist_ok=True)
     require_free_bytes(directory, total_bytes(tensors) + SLACK_BYTES)
-    tidy(directory, log)
+    if temporary.exists():  # a process was killed while writing it
+        _check_ours(temporary)
+        shutil.rmtree(temporary)
     temporary.mkdir()
     try:
-        index = plan_files(tensors, num_files)
         records: dict[str, FileRecord] = {}
-        for file in sorted(index.files()) or [layout.rank_file(0)]:
-            records[file] = write_safetensors(temporary / file, list(_of_file(tensors, index, file)), advance=advance)
+        with SyncThread() as sync:
+            for file, streams in _streams(tensors, index).items():
+                records[file] = write_safetensors(temporary / file, streams, advance=advance, close=sync.close)
         for rank, generators in enumerate(rng):
-            streams = [StreamedTensor.of(key, tensor) for key, tensor in generators.items()]
-            records[layout.rng_file(rank)] = write_safetensors(temporary / layout.rng_file(rank), streams)
+            few = [StreamedTensor.of(key, tensor) for key, tensor in generators.items()]
+            records[layout.rng_file(rank)] = write_safetensors(temporary / layout.rng_file(rank), few)
         everything = {**state, "format_version": layout.FORMAT_VERSION}
         size = write_documents(temporary, records, index=index, config=config, state=everything)
-        publish(directory, name)
+        before_publishing()
+        _publish(directory, name, can_go_on=bool(state.get(layout.HAS_OPTIMIZER, True)), log=log)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)  # what stays is removed by the next save
         raise
     return SaveReport(directory / name, size, time.monotonic() - started)
 
 
+def check_target(target: Path, *, is_overwriting: bool) -> None:
+    """ValueError if a checkpoint must not be written there."""
+    if not target.exists() and not target.is_symlink():
+        return
+    if not is_overwriting:
+        raise ValueError(f"{target}: exists already; choose another name, or allow overwriting (--overwrite)")
+    _check_ours(target)
+
+
+def _check_ours(folder: Path) -> None:
+    """ValueError unless a folder holds files of a checkpoint and nothing else, so that it may be removed."""
+    if folder.is_symlink() or not folder.is_dir():
+        raise ValueError(f"{folder}: is not a folder, and is not replaced")
+    if foreign := sorted(entry.name for entry in folder.iterdir() if not is_data_file(entry.name)):
+        raise ValueError(f"{folder}: holds {foreign[0]!r}, which no checkpoint does, and is not replaced")
+
+
+def _publish(directory: Path, name: str, *, can_go_on: bool, log: Log) -> None:
+    """Give the finished folder its name; the latest it becomes unless training would lose by it."""
+    latest, temporary = read_latest(directory), temporary_path(directory, name)
+    if latest in (None, name) or (can_go_on and global_step(directory / str(latest)) <= global_step(temporary)):
+        publish(directory, name)
+    else:
+        replace_folder(temporary, directory / name)
+        log(f"{directory / LATEST_FILE}: names {latest} as before, from which training goes on")
+
+
 def plan_files(tensors: FlatTensors, num_files: int) -> Index:
-    """Where each range goes: files of nearly equal size, the tensors one after the other."""
+    """Where each range goes: files of nearly equal size, the tensors one after the other.
+
+    A file takes its share of all bytes; a tensor below `WHOLE_BYTES` goes whole to the file in which it begins.
+    """
     if num_files < 1:
         raise ValueError(f"number of files: {num_files}; allowed: 1 and above")
-    share = max(total_bytes(tensors) / num_files, 1)
+    share = max(-(-total_bytes(tensors) // num_files), 1)
     planned: dict[str, dict[Kind, Entry]] = {}
     offset = 0
     for name, kinds in tensors.items():
         for kind, tensor in kinds.items():
             ranges = []
             for start, stop in pairwise(_edges(tensor, offset, share)):
-                file = layout.rank_file(min(int((offset + start * tensor.dtype.itemsize) / share), num_files - 1))
+                # the last file also takes empty tensors that come after all bytes
+                file = layout.rank_file(min((offset + start * tensor.dtype.itemsize) // share, num_files - 1))
                 ranges.append(Range(start, stop, file, f"{name}:{kind}:{start}"))
             planned.setdefault(name, {})[kind] = Entry(
                 dtype=tensor.dtype, shape=tensor.shape, ranges=tuple(ranges), step=tensor.step
@@ -130,24 +174,35 @@ def plan_files(tensors: FlatTensors, num_files: int) -> Index:
     return Index(planned)
 
 
-def _edges(tensor: FlatTensor, offset: int, share: float) -> list[int]:
+def file_bytes(index: Index) -> dict[str, int]:
+    """Bytes of tensors in each file of an index, by name."""
+    sizes: dict[str, int] = {}
+    for kinds in index.tensors.values():
+        for entry in kinds.values():
+            for piece in entry.ranges:
+                sizes[piece.file] = sizes.get(piece.file, 0) + (piece.stop - piece.start) * entry.dtype.itemsize
+    return dict(sorted(sizes.items()))
+
+
+def _edges(tensor: FlatTensor, offset: int, share: int) -> list[int]:
     """Elements at which a tensor that begins at byte `offset` of all passes from one file to the next."""
     edges = [0]
-    first, last = int(offset / share) + 1, math.ceil((offset + tensor.num_bytes) / share)
-    if tensor.num_bytes >= _PARTS_OF_A_TENSOR:
-        for file in range(first, last):
-            edge = math.ceil((file * share - offset) / tensor.dtype.itemsize)
+    if tensor.num_bytes >= WHOLE_BYTES:
+        for boundary in range((offset // share + 1) * share, offset + tensor.num_bytes, share):
+            edge = -(-(boundary - offset) // tensor.dtype.itemsize)
             if edges[-1] < edge < tensor.numel:
                 edges.append(edge)
     return [*edges, tensor.numel]
 
 
-def _of_file(tensors: FlatTensors, index: Index, file: str) -> Iterator[StreamedTensor]:
+def _streams(tensors: FlatTensors, index: Index) -> dict[str, list[StreamedTensor]]:
+    """What each file holds, in the order of the tensors; one file at least."""
+    streams: dict[str, list[StreamedTensor]] = {}
     for name, kinds in index.tensors.items():
         for kind, entry in kinds.items():
             for piece in entry.ranges:
-                if piece.file == file:
-                    yield _stream(tensors[name][kind], piece)
+                streams.setdefault(piece.file, []).append(_stream(tensors[name][kind], piece))
+    return streams or {layout.rank_file(0): []}
 
 
 def _stream(tensor: FlatTensor, piece: Range) -> StreamedTensor:

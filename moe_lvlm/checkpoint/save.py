@@ -4,14 +4,18 @@ Each rank writes what it owns into a temporary folder; rank 0 adds index, state 
 renamed and `latest` replaced. Files and folders are fsynced before each of these steps. At the end of each phase all
 ranks hear of every rank's failure and raise together, so that a full disk on one of them neither hangs the others nor
 touches the previous checkpoint.
+
+A save has two halves, so that the second one can run beside training (`background`): what to write is settled by the
+ranks together; then it is written, published, and older checkpoints are let go.
 """
 
 from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -60,6 +64,33 @@ class Written(NamedTuple):
     range: Range
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedSave:
+    """A save that all ranks have begun: who writes what is settled, and there is room for it.
+
+    fragments: what this rank writes. loads: bytes of fragments that each rank writes. state: all of state.json.
+    started: when it began, on the monotonic clock.
+    """
+
+    directory: Path
+    name: str
+    fragments: Sequence[Fragment]
+    loads: Sequence[int]
+    config: Mapping[str, Any]
+    state: Mapping[str, Any]
+    rng: Mapping[str, Tensor]
+    started: float
+
+    @property
+    def temporary(self) -> Path:
+        return temporary_path(self.directory, self.name)
+
+    def copy_to_host(self) -> PreparedSave:
+        """The same with this rank's fragments copied: training may go on while they are written."""
+        copies = [replace(one, tensor=one.tensor.detach().to("cpu", copy=True)) for one in self.fragments]
+        return replace(self, fragments=copies)
+
+
 def save_checkpoint(
     directory: Path,
     name: str,
@@ -79,34 +110,81 @@ def save_checkpoint(
     rng: this rank's generators (`capture_rng`). keep_last: how many checkpoints stay besides those named in
     `protect`; None keeps all. Raises SaveError on all ranks, and leaves everything as it was, if any rank fails.
     """
+    prepared = prepare_save(directory, name, training, config=config, state=state, rng=rng, ranks=ranks, log=log)
+    return finish_save(prepared, ranks=ranks, log=log, keep_last=keep_last, protect=protect)
+
+
+def prepare_save(
+    directory: Path,
+    name: str,
+    training: LiveTraining,
+    *,
+    config: Mapping[str, Any],
+    state: Mapping[str, Any],
+    rng: Mapping[str, Tensor],
+    ranks: Ranks,
+    log: Log,
+) -> PreparedSave:
+    """The first half of `save_checkpoint`, with its arguments: settle what each rank writes; nothing is written yet."""
     started = time.monotonic()
     directory = Path(directory)
     temporary = temporary_path(directory, check_name(name))
-
-    fragments, everything = _together(ranks, "begin", lambda: _begin(directory, temporary, training, state, ranks, log))
-    try:
+    with _removed_on_failure(temporary, ranks):
+        fragments, everything = _together(
+            ranks, "begin", lambda: _begin(directory, temporary, training, state, ranks, log)
+        )
         replicated = [_owned(one) for one in fragments if one.is_replicated]
         plans = ranks.all_gather((replicated, sum(one.num_bytes for one in fragments if not one.is_replicated)))
-        mine = _together(ranks, "find room", lambda: _claim(fragments, plans, directory, ranks.rank))
-        written, records = _together(ranks, "write", lambda: _write_rank(temporary, ranks.rank, mine, rng))
+        mine, loads = _together(ranks, "find room", lambda: _claim(fragments, plans, directory, ranks.rank))
+    return PreparedSave(
+        directory=directory,
+        name=name,
+        fragments=mine,
+        loads=loads,
+        config=config,
+        state=everything,
+        rng=rng,
+        started=started,
+    )
+
+
+def finish_save(
+    prepared: PreparedSave, *, ranks: Ranks, log: Log, keep_last: int | None = None, protect: Collection[str] = ()
+) -> SaveReport:
+    """The second half: write, publish, and let older ones go."""
+    temporary = prepared.temporary
+    with _removed_on_failure(temporary, ranks):
+        written, records = _together(
+            ranks, "write", lambda: _write_rank(temporary, ranks.rank, prepared.fragments, prepared.rng)
+        )
         gathered = ranks.all_gather((written, records))
         total = _together(
-            ranks, "write the index", lambda: _write_rest(temporary, config, everything, gathered, ranks.rank)
+            ranks,
+            "write the index",
+            lambda: _write_rest(temporary, prepared.config, prepared.state, gathered, ranks.rank),
         )
-        _together(ranks, "publish", lambda: publish(directory, name) if ranks.rank == 0 else None)
+        _together(ranks, "publish", lambda: publish(prepared.directory, prepared.name) if ranks.rank == 0 else None)
+    if ranks.rank == 0 and keep_last is not None:
+        _retire(prepared.directory, keep_last, {*protect, prepared.name}, log)
+    seconds = time.monotonic() - prepared.started
+    return SaveReport(prepared.directory / prepared.name, ranks.all_gather(total)[0], seconds)
+
+
+@contextmanager
+def _removed_on_failure(temporary: Path, ranks: Ranks) -> Iterator[None]:
+    try:
+        yield
     except SaveError:
         if ranks.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)  # what stays is removed by the next save
         raise
-    if ranks.rank == 0 and keep_last is not None:
-        _retire(directory, keep_last, {*protect, name}, log)
-    return SaveReport(directory / name, ranks.all_gather(total)[0], time.monotonic() - started)
 
 
-def choose_writers(held: Sequence[Sequence[Owned]], load: Sequence[int]) -> dict[Owned, int]:
+def choose_writers(held: Sequence[Sequence[Owned]], load: Sequence[int]) -> tuple[dict[Owned, int], list[int]]:
     """Who writes each replicated fragment: of the ranks that hold it, the one with the fewest bytes so far.
 
-    held: the replicated fragments of each rank. load: bytes that each rank writes anyway.
+    held: the replicated fragments of each rank. load: bytes that each rank writes anyway. Also returns what each rank
+    writes in all.
     """
     holders: dict[Owned, list[int]] = {}
     for rank, fragments in enumerate(held):
@@ -118,7 +196,7 @@ def choose_writers(held: Sequence[Sequence[Owned]], load: Sequence[int]) -> dict
         writer = min(holders[fragment], key=lambda rank: (total[rank], rank))
         writers[fragment] = writer
         total[writer] += fragment.num_bytes
-    return writers
+    return writers, total
 
 
 def _together(ranks: Ranks, phase: str, work: Callable[[], _Result]) -> _Result:
@@ -156,12 +234,11 @@ def _begin(
 
 def _claim(
     fragments: Sequence[Fragment], plans: Sequence[tuple[Sequence[Owned], int]], directory: Path, rank: int
-) -> list[Fragment]:
-    """The fragments that this rank writes. Raises OSError if all ranks' together do not fit on the disk."""
-    load = [partitioned for _, partitioned in plans]
-    writers = choose_writers([replicated for replicated, _ in plans], load)
-    require_free_bytes(directory, sum(load) + sum(fragment.num_bytes for fragment in writers) + SLACK_BYTES)
-    return [one for one in fragments if not one.is_replicated or writers[_owned(one)] == rank]
+) -> tuple[list[Fragment], list[int]]:
+    """The fragments that this rank writes, and the bytes of all. OSError if they do not fit on the disk."""
+    writers, loads = choose_writers([replicated for replicated, _ in plans], [partitioned for _, partitioned in plans])
+    require_free_bytes(directory, sum(loads) + SLACK_BYTES)
+    return [one for one in fragments if not one.is_replicated or writers[_owned(one)] == rank], loads
 
 
 def _owned(fragment: Fragment) -> Owned:

@@ -158,7 +158,7 @@ class SafetensorsSource:
         self._path = Path(path)
         self._files: dict[str, Any] = {}
         if (self._path / SAFETENSORS_INDEX).is_file():
-            self._file_of = _read_weight_map(self._path)
+            self._file_of = read_weight_map(self._path / SAFETENSORS_INDEX)
         else:
             self._file_of = dict.fromkeys(self._open(SAFETENSORS_FILE).keys(), SAFETENSORS_FILE)
 
@@ -198,8 +198,8 @@ class SafetensorsSource:
         return self._files[file]
 
 
-def _read_weight_map(path: Path) -> dict[str, str]:
-    where = path / SAFETENSORS_INDEX
+def read_weight_map(where: Path) -> dict[str, str]:
+    """Tensor name -> file name of an index in Hugging Face's form. Raises CheckpointError if it names files elsewhere."""
     data = read_json(where)
     weight_map = data.get("weight_map") if isinstance(data, dict) else None
     if not isinstance(weight_map, dict):

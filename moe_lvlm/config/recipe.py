@@ -127,11 +127,20 @@ class ScheduleSettings(Settings):
 
 
 class CheckpointSettings(Settings):
-    """every: steps between saves (0: at the end of each stage only). keep_last: how many are kept besides the ends
-    of stages."""
+    """When a run saves, and what it keeps.
+
+    every: steps between saves (0: at the end of each stage only).
+    keep_last: how many of the newest are kept. keep_every: those at multiples of so many steps of a stage stay for
+        good (0: none). The ends of stages always stay.
+    background: write beside training, out of a copy of each process's share in host memory; the end of a stage and a
+        stop are waited for. background_gib: the most that a process may copy; larger shares are written at once.
+    """
 
     every: int = Field(default=0, ge=0)
     keep_last: int = Field(default=2, ge=1)
+    keep_every: int = Field(default=0, ge=0)
+    background: bool = False
+    background_gib: float = Field(default=16.0, gt=0)
 
 
 class TrainSettings(Settings):

@@ -224,6 +224,17 @@ def build_template(
     return ChatTemplate(tokenizer, image_token, chat_template_text(chat_template, tokenizer), name=chat_template)
 
 
+def end_of_turn_id(template: Template, tokenizer: PreTrainedTokenizerBase) -> int | None:
+    """The token by which a template ends an answer, or None if that takes several tokens.
+
+    It need not be the tokenizer's end token: a model trained with ChatML stops at <|im_end|>.
+    """
+    rendered = template.render((Turn("human", f"{IMAGE_MARK} azure"), Turn("gpt", "bronze")))
+    closing = rendered.text[: rendered.answers[-1].end].rpartition("bronze")[2]
+    ids = tokenize(tokenizer, closing).ids
+    return ids[0] if len(ids) == 1 else None
+
+
 def chat_template_text(chat_template: str, tokenizer: PreTrainedTokenizerBase) -> str:
     """The Jinja text behind a recipe's `data.chat_template`. Raises TemplateError naming what is allowed."""
     if chat_template == "tokenizer":

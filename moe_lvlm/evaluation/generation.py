@@ -16,9 +16,6 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.generation.streamers import BaseStreamer
 
-from moe_lvlm.data.records import IMAGE_MARK, Turn
-from moe_lvlm.data.templates import Template, tokenize
-
 
 class Prompt(Protocol):
     """What a model answers: a rendered conversation that waits for its next answer.
@@ -46,7 +43,7 @@ def generate_answers(
 ) -> list[str]:
     """The model's greedy answer to each prompt, in the order of the prompts, without special tokens and outer space.
 
-    end_ids: tokens that end an answer besides those of tokenizer and model (see `end_of_turn_id`).
+    end_ids: tokens that end an answer besides those of tokenizer and model (see `data.templates.end_of_turn_id`).
     on_batch: called with the number of prompts after each batch, in place of a progress bar on the terminal.
 
     Raises:
@@ -194,17 +191,6 @@ def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) ->
     if not found:
         raise ValueError("no token ends an answer: set eos_token of the tokenizer, or of the model's generation config")
     return list(dict.fromkeys(found))
-
-
-def end_of_turn_id(template: Template, tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token by which a template ends an answer, or None if that takes several tokens.
-
-    It need not be the tokenizer's end token: a model trained with ChatML stops at <|im_end|>.
-    """
-    rendered = template.render((Turn("human", f"{IMAGE_MARK} azure"), Turn("gpt", "bronze")))
-    closing = rendered.text[: rendered.answers[-1].end].rpartition("bronze")[2]
-    ids = tokenize(tokenizer, closing).ids
-    return ids[0] if len(ids) == 1 else None
 
 
 @contextmanager

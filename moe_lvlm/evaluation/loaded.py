@@ -12,7 +12,7 @@ from moe_lvlm.config.load import load_recipe
 from moe_lvlm.config.recipe import Recipe
 from moe_lvlm.data.mixture import build_samples
 from moe_lvlm.data.sample import SampleBuilder
-from moe_lvlm.evaluation.generation import end_of_turn_id
+from moe_lvlm.data.templates import end_of_turn_id
 from moe_lvlm.models.load import load
 from moe_lvlm.models.processor import num_image_tokens
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from torch import nn
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModel,
@@ -18,6 +20,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
 )
+from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from transformers.utils import is_flash_attn_2_available
 
 from moe_lvlm.config.recipe import ModelSettings, PartSettings
@@ -83,6 +86,39 @@ def _part_config(part: PartSettings, settings: ModelSettings) -> PreTrainedConfi
     return AutoConfig.for_model(model_type, **fields)
 
 
+@dataclass(frozen=True, slots=True)
+class NewWeights:
+    """What no pretrained part brings, float32. projector: by its own parameter names. embedding_rows, head_rows: of the
+    tokens that the language model did not know, [new tokens, D]."""
+
+    projector: Mapping[str, Tensor]
+    embedding_rows: Tensor
+    head_rows: Tensor
+
+
+def draw_new_weights(config: MoELlavaConfig, *, num_new_tokens: int) -> NewWeights:
+    """Draw them from torch's generator: the projector as torch initialises linear layers, rows from N(0, s) with the
+    language model's own s. It comes before all else that a seed decides, so that a conversion draws the same."""
+    with init_empty_weights():
+        projector = LlavaMultiModalProjector(config)
+    drawn: dict[str, Tensor] = {}
+    for name, linear in projector.named_children():
+        if isinstance(linear, nn.Linear):
+            new = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None)
+            drawn |= {f"{name}.{leaf}": parameter.detach() for leaf, parameter in new.named_parameters()}
+    std = getattr(config.text_config, "initializer_range", None) or 0.02
+    shape = (num_new_tokens, config.text_config.hidden_size)
+    return NewWeights(drawn, torch.randn(shape) * std, torch.randn(shape) * std)
+
+
+def num_new_tokens(settings: ModelSettings, config: MoELlavaConfig) -> int:
+    """By how many rows the vocabulary of a pretrained language model grows."""
+    assert settings.language_model is not None
+    if settings.language_model.from_pretrained is None:
+        return 0
+    return config.text_config.vocab_size - _part_config(settings.language_model, settings).vocab_size
+
+
 def build_dense(
     settings: ModelSettings, *, seed: int, dtype: torch.dtype = torch.float32
 ) -> tuple[MoELlavaForConditionalGeneration, LlavaProcessor]:
@@ -95,15 +131,13 @@ def build_dense(
     assert settings.vision_tower is not None and settings.language_model is not None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        new = draw_new_weights(config, num_new_tokens=num_new_tokens(settings, config))
         tower = _build_tower(settings.vision_tower, settings, config.vision_config, dtype)
-        language = _build_language_model(settings.language_model, settings, config.text_config, dtype)
+        language = _build_language_model(settings.language_model, settings, config.text_config, dtype, new)
         with init_empty_weights(include_buffers=True):
             model = MoELlavaForConditionalGeneration(config)
-        for name, linear in list(model.model.multi_modal_projector.named_children()):
-            if isinstance(linear, nn.Linear):
-                has_bias = linear.bias is not None
-                new = nn.Linear(linear.in_features, linear.out_features, bias=has_bias, dtype=dtype)
-                setattr(model.model.multi_modal_projector, name, new)
+    model.model.multi_modal_projector.load_state_dict(new.projector, assign=True)
+    model.model.multi_modal_projector.to(dtype)
     model.take_parts(tower=tower, language_model=language.base_model, head=language.get_output_embeddings())
     model.tie_weights()
     _set_generation_tokens(model, processor)
@@ -115,19 +149,20 @@ def _build_tower(
 ) -> PreTrainedModel:
     config._attn_implementation = choose_attention(settings.attention)
     if part.from_pretrained is None:
-        return AutoModel.from_config(config).to(dtype)
+        return _cast_parameters(AutoModel.from_config(config), dtype)
     # A folder that holds a whole CLIP gives its tower: the class follows the tower's own config.
     tower_class = AutoModel._model_mapping[type(config)]
     return tower_class.from_pretrained(resolve(part.from_pretrained), config=config, dtype=dtype)
 
 
 def _build_language_model(
-    part: PartSettings, settings: ModelSettings, config: PreTrainedConfig, dtype: torch.dtype
+    part: PartSettings, settings: ModelSettings, config: PreTrainedConfig, dtype: torch.dtype, new: NewWeights
 ) -> PreTrainedModel:
     vocab_size = config.vocab_size
     if part.from_pretrained is None:
         config._attn_implementation = choose_attention(settings.attention)
-        language = AutoModelForCausalLM.from_config(config, trust_remote_code=settings.trust_remote_code).to(dtype)
+        language = AutoModelForCausalLM.from_config(config, trust_remote_code=settings.trust_remote_code)
+        _cast_parameters(language, dtype)
     else:
         language = AutoModelForCausalLM.from_pretrained(
             resolve(part.from_pretrained),
@@ -137,11 +172,29 @@ def _build_language_model(
         )
     if language.get_input_embeddings().weight.shape[0] < vocab_size:
         language.resize_token_embeddings(vocab_size, mean_resizing=False)
+        _set_new_rows(language, new)
     if (language.get_output_embeddings().bias is not None) != (config.model_type in HEAD_BIAS):
         raise ValueError(
             f"{type(language).__name__}: a language-model head with a bias is known for {sorted(HEAD_BIAS)} only"
         )
     return language
+
+
+def _cast_parameters(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """The model itself. Buffers stay as in a model that is read: rotary frequencies lose too much in bf16."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
+@torch.no_grad()
+def _set_new_rows(language: PreTrainedModel, new: NewWeights) -> None:
+    """Give the last rows of the embeddings, and of a head of its own, their values; a head's bias is 0 there."""
+    embeddings, head = language.get_input_embeddings().weight, language.get_output_embeddings().weight
+    first = embeddings.shape[0] - new.embedding_rows.shape[0]
+    embeddings[first:] = new.embedding_rows.to(embeddings.dtype)
+    if head is not embeddings:
+        head[first:] = new.head_rows.to(head.dtype)
 
 
 def _set_generation_tokens(model: MoELlavaForConditionalGeneration, processor: LlavaProcessor) -> None:
@@ -168,8 +221,14 @@ def load_plain_llava(
     """Transformers' own LLaVA as our dense model, read by transformers, which knows its older names.
 
     Raises:
-        ValueError: a tensor is missing or has no place.
+        ValueError: a tensor is missing or has no place, or the language model has experts of transformers' own.
     """
+    text = AutoConfig.from_pretrained(path).text_config
+    if hasattr(text, "num_experts_per_tok"):
+        raise ValueError(
+            f"{path}: LLaVA around {text.model_type}, experts of transformers' own, as `tools/export.py` writes stock "
+            "folders; load it with transformers (LlavaForConditionalGeneration.from_pretrained)"
+        )
     model, found = LlavaForConditionalGeneration.from_pretrained(
         path, dtype=dtype, attn_implementation=attention, output_loading_info=True
     )

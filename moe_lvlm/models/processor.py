@@ -20,6 +20,8 @@ from moe_lvlm.data.packs import resolve
 
 logger = logging.getLogger(__name__)
 
+# One of them is in every folder to which a processor was saved; older ones have the second.
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json")
 # Tokens that a tower puts before those of the patches.
 CLASS_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0, "dinov2": 1}
 
@@ -96,7 +98,16 @@ def num_image_tokens(processor: LlavaProcessor, height: int, width: int) -> int:
 
 
 def load_processor(folder: str | Path) -> LlavaProcessor:
-    """A processor that was saved beside a model or in a run's folder."""
+    """A processor that was saved beside a model or in a run's folder.
+
+    Raises:
+        ValueError: there is none in the folder.
+    """
+    if not any((Path(folder) / name).is_file() for name in PROCESSOR_FILES):
+        raise ValueError(
+            f"{folder}: no processor ({' or '.join(PROCESSOR_FILES)}); a model's folder holds it beside the weights, a "
+            "run's folder in processor/, beside checkpoints/"
+        )
     image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     return LlavaProcessor.from_pretrained(folder, image_processor=image_processor, tokenizer=tokenizer)

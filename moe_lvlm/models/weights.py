@@ -43,6 +43,21 @@ def replace_parameter(module: nn.Module, name: str, data: Tensor) -> None:
     module._parameters[name] = new
 
 
+def ffn_layout(layer: MoEDecoderLayer) -> FFNLayout:
+    """How the dense FFN was laid out from which a sparse decoder layer's experts are cut."""
+    return next(family.ffn for family in FAMILIES if family.moe is type(layer))
+
+
+def draw_router(router: Router, seed: int) -> None:
+    """Draw a router's parameters anew from a seed, as all upcycling from files does; the global generator stays as it is.
+
+    seed: the model's router seed plus the layer's index.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        router.reset_parameters()
+
+
 def load_weights(
     model: PreTrainedModel,
     source: WeightSource,
@@ -94,8 +109,7 @@ class _Reader:
         """MoE layers whose experts the source does not have: cut them from its dense FFNs."""
         for name, layer in self.model.named_modules():
             if isinstance(layer, MoEDecoderLayer) and f"{name}.mlp.experts.w1" not in self.available:
-                layout = next(family.ffn for family in FAMILIES if family.moe is type(layer))
-                self._upcycle(f"{name}.mlp.", layer.mlp, layout, router_seed)
+                self._upcycle(f"{name}.mlp.", layer.mlp, ffn_layout(layer), router_seed)
 
     def _upcycle(self, prefix: str, moe: MoELayer, layout: FFNLayout, router_seed: int) -> None:
         num_experts = moe.router.num_experts
@@ -128,9 +142,7 @@ class _Reader:
             for leaf, parameter in list(module.named_parameters(recurse=False)):
                 replace_parameter(module, leaf, torch.empty(parameter.shape, device=self.device))
                 self.filled.add(".".join(part for part in (f"{prefix}router", name, leaf) if part))
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            router.reset_parameters()
+        draw_router(router, seed)
         router.to(self.dtype)
 
     def fill_rest(self) -> None:

@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 
+from moe_lvlm.checkpoint.files import replace_text
 from moe_lvlm.config.load import dump_recipe, load_recipe
 from moe_lvlm.config.recipe import Recipe
 from moe_lvlm.models.load import CHECKPOINTS, PROCESSOR
+from moe_lvlm.training.lock import LOCK
 
 RECIPE = "recipe.yaml"
 DONE = "DONE"
@@ -24,6 +26,8 @@ _OURS = (
     RECIPE, DONE, CHECKPOINTS, PROCESSOR, BAD_SAMPLES, "deepspeed.json", "environment.txt", "log.jsonl", "tensorboard",
     "eval", "metrics.json", "report",
 )  # fmt: skip
+# What a run that was killed before its recipe was written has left.
+_BEFORE_RECIPE = (LOCK, f".{RECIPE}.tmp")
 # What another value of leaves the same model on the same data: a resumed run may have it.
 _FREE = ("name", "output_dir", "evaluation", "parallel", "data.num_workers", "data.bad_sample_limit")
 _FREE_TRAIN = ("train.checkpoint", "train.log_every", "train.max_skipped_steps", "train.gradient_checkpointing")
@@ -41,7 +45,7 @@ def prepare_folder(recipe: Recipe, *, resume: bool) -> Path:
         ValueError: a folder that holds something else than a run, or a run of another recipe.
     """
     folder = run_folder(recipe)
-    if folder.is_dir() and any(folder.iterdir()):
+    if folder.is_dir() and any(path.name not in _BEFORE_RECIPE for path in folder.iterdir()):
         if not (folder / RECIPE).is_file():
             raise ValueError(
                 f"{folder}: not empty and not a run of ours ({RECIPE} is missing); choose another output_dir"
@@ -51,8 +55,25 @@ def prepare_folder(recipe: Recipe, *, resume: bool) -> Path:
         else:
             _clear(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / RECIPE).write_text(dump_recipe(recipe), encoding="utf-8")
+    # whole at every moment: half a recipe, left by a crash or a full disk, would keep the run from going on
+    replace_text(folder / RECIPE, dump_recipe(recipe))
     return folder
+
+
+def adopt_run(source: Path, target: Path) -> list[str]:
+    """Make `target` a run's folder by what `source`, a run's folder, holds besides checkpoints and results.
+
+    For a checkpoint that was moved: training goes on there, and the model loads. Returns the names of what was copied;
+    nothing is, where the target is a run already or the source is none.
+    """
+    if not (source / RECIPE).is_file() or (target / RECIPE).is_file():
+        return []
+    copied = []
+    if (source / PROCESSOR).is_dir() and not (target / PROCESSOR).exists():
+        shutil.copytree(source / PROCESSOR, target / PROCESSOR)
+        copied.append(PROCESSOR)
+    replace_text(target / RECIPE, (source / RECIPE).read_text(encoding="utf-8"))  # last: with it the folder is a run
+    return [*copied, RECIPE]
 
 
 def check_same_run(before: Recipe, now: Recipe, folder: Path) -> None:

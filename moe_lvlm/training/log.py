@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any, TextIO
@@ -25,10 +26,11 @@ class RunLog:
         self._bar: Progress | None = None
         self._task: TaskID | None = None
         self._console = Console(stderr=True)
+        self._lock = threading.Lock()
         if is_enabled:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._file = (folder / "log.jsonl").open("a", encoding="utf-8")
+            self._file = _open_lines(folder / "log.jsonl")
             self._board = SummaryWriter(str(folder / "tensorboard"))
 
     def say(self, message: str) -> None:
@@ -41,8 +43,9 @@ class RunLog:
         if self._file is None:
             return
         line = {"event": name, **{key: _number(value) for key, value in values.items()}, "time": round(time.time(), 3)}
-        self._file.write(json.dumps(line, allow_nan=False) + "\n")
-        self._file.flush()
+        with self._lock:  # a save beside training logs its end
+            self._file.write(json.dumps(line, allow_nan=False) + "\n")
+            self._file.flush()
         if name == "step":
             self._write_curves(values)
 
@@ -98,6 +101,17 @@ class RunLog:
         if self._file is not None:
             self._file.close()
             self._board.close()
+
+
+def _open_lines(path: Path) -> TextIO:
+    """A file of lines, to be gone on with; half a line at its end, left by a crash or a full disk, is dropped."""
+    if path.exists():
+        content = path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):
+            with path.open("r+b") as file:
+                file.truncate(whole)
+    return path.open("a", encoding="utf-8")
 
 
 def _number(value: Any) -> Any:

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import gc
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from transformers import LlavaProcessor
 
+from moe_lvlm.checkpoint.background import CheckpointWriter
 from moe_lvlm.checkpoint.layout import STATE_FILE, read_json
+from moe_lvlm.checkpoint.ranks import GroupRanks, current_ranks
 from moe_lvlm.checkpoint.verify import newest_valid
 from moe_lvlm.config.recipe import Recipe
 from moe_lvlm.parallel.process_group import World, join_world
 from moe_lvlm.training.build import run_processor
 from moe_lvlm.training.folder import CHECKPOINTS, DONE, PROCESSOR, prepare_folder, run_folder, write_facts
 from moe_lvlm.training.interrupt import Interrupt
+from moe_lvlm.training.lock import lock_folder
 from moe_lvlm.training.log import RunLog
 from moe_lvlm.training.plan import StagePlan, check_data, plan_stages
 from moe_lvlm.training.stage import Run, Stage
@@ -31,32 +35,56 @@ def train(recipe: Recipe, *, resume: bool = True) -> Path:
     DONE mark; the same call goes on from there.
 
     Raises:
-        ValueError: a recipe that does not fit the processes or the folder.
+        ValueError: a recipe that does not fit the processes or the folder, or a folder in which another run trains.
     """
-    with Interrupt() as interrupt:
+    with Interrupt() as interrupt, ExitStack() as held:
         world = join_world()
         processor = run_processor(recipe)
-        plans = _on_first(world, lambda: _prepare(recipe, processor, resume=resume, world=world))
         folder = run_folder(recipe)
+        plans, problem = _on_first(world, lambda: _prepare(recipe, processor, resume=resume, world=world, held=held))
         log = RunLog(folder, is_enabled=world.is_first)
-        try:
-            if world.is_first:
-                processor.save_pretrained(folder / PROCESSOR)
-                resolved = {plan.settings.name: plan.deepspeed for plan in plans}
-                write_facts(folder, deepspeed=resolved, world_size=world.size)
-            run = Run(recipe=recipe, folder=folder, world=world, processor=processor, log=log, interrupt=interrupt)
-            _train_stages(run)
-        finally:
-            log.close()
+        held.callback(log.close)
+        if problem is not None:
+            log.say(problem)
+        if world.is_first:
+            processor.save_pretrained(folder / PROCESSOR)
+            resolved = {plan.settings.name: plan.deepspeed for plan in plans}
+            write_facts(folder, deepspeed=resolved, world_size=world.size)
+        run = Run(
+            recipe=recipe,
+            folder=folder,
+            world=world,
+            processor=processor,
+            log=log,
+            interrupt=interrupt,
+            writer=_open_writer(recipe, log),
+        )
+        _train_stages(run)
     return folder
 
 
-def _prepare(recipe: Recipe, processor: LlavaProcessor, *, resume: bool, world: World) -> list[StagePlan]:
-    """Find every mistake that can be found now; only then touch the folder."""
+def _prepare(
+    recipe: Recipe, processor: LlavaProcessor, *, resume: bool, world: World, held: ExitStack
+) -> tuple[list[StagePlan], str | None]:
+    """Find every mistake that can be found now; only then touch the folder. Its lock is held until `held` closes.
+
+    Returns the plans, and why the folder could not be locked, if so.
+    """
     plans = plan_stages(recipe, world_size=world.size)
     check_data(recipe, processor)
+    problem = held.enter_context(lock_folder(run_folder(recipe)))
     prepare_folder(recipe, resume=resume)
-    return plans
+    return plans, problem
+
+
+def _open_writer(recipe: Recipe, log: RunLog) -> CheckpointWriter:
+    settings = recipe.train.checkpoint
+    return CheckpointWriter(
+        ranks=current_ranks(),
+        background_ranks=GroupRanks(dist.new_group(backend="gloo")) if settings.background else None,
+        max_bytes=int(settings.background_gib * 2**30),
+        log=log.say,
+    )
 
 
 def _train_stages(run: Run) -> None:
@@ -83,7 +111,7 @@ def _train_stages(run: Run) -> None:
 
 def _where_it_stopped(run: Run) -> tuple[TrainState, Path | None]:
     """State and checkpoint to go on from; the first state and None for a new run."""
-    newest = _on_first(run.world, lambda: newest_valid(run.folder / CHECKPOINTS, run.log.say))
+    newest = _on_first(run.world, lambda: newest_valid(run.folder / CHECKPOINTS, run.log.say, is_owner=True))
     if newest is None:
         return TrainState(), None
     state = TrainState.from_json(read_json(newest / STATE_FILE))

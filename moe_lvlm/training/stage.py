@@ -14,12 +14,13 @@ import torch.distributed as dist
 from transformers import LlavaProcessor
 
 from moe_lvlm.analysis.measures import LoadCounter
+from moe_lvlm.checkpoint.background import CheckpointWriter
 from moe_lvlm.checkpoint.engine import live_engine
 from moe_lvlm.checkpoint.ranks import current_ranks
 from moe_lvlm.checkpoint.reader import Checkpoint
 from moe_lvlm.checkpoint.restore import restore_training_state
 from moe_lvlm.checkpoint.rng import capture_rng, restore_rng
-from moe_lvlm.checkpoint.save import save_checkpoint
+from moe_lvlm.checkpoint.save import SaveReport, prepare_save
 from moe_lvlm.config.deepspeed import resolve_deepspeed
 from moe_lvlm.config.recipe import Recipe, StageSettings
 from moe_lvlm.data.ledger import BadSampleLedger
@@ -53,6 +54,7 @@ class Run:
     processor: LlavaProcessor
     log: RunLog
     interrupt: Interrupt
+    writer: CheckpointWriter
 
 
 class Stage:
@@ -159,10 +161,10 @@ class Stage:
                 log.advance()
                 every = self._run.recipe.train.checkpoint.every
                 if every and self.state.step % every == 0 and self.state.step < self.num_steps:
-                    self.save()
+                    self.save(at_once=False)
         finally:
             log.close_stage()
-        self.save()
+        self.save(at_once=True)
         return self.state.step >= self.num_steps
 
     def _train_step(self, micro_batches: list[MicroBatch], counts: StepCounts, since: float, tokens: int) -> bool:
@@ -254,12 +256,16 @@ class Stage:
         if outcome[0] is not None:
             raise outcome[0]
 
-    def save(self) -> Path:
-        """A checkpoint of this moment, unless there is one; at the end of a stage it stays for good."""
-        recipe, world = self._run.recipe, self._run.world
+    def save(self, *, at_once: bool) -> None:
+        """A checkpoint of this moment, unless there is one; at the end of a stage it stays for good.
+
+        at_once: return when it is there, and an earlier one too; otherwise it may be written beside training.
+        """
+        recipe, world, writer = self._run.recipe, self._run.world, self._run.writer
         name = f"{self._settings.name}-{self.state.step:06d}"
         if name == self._saved:
-            return self._run.folder / CHECKPOINTS / name
+            writer.wait()
+            return
         state = replace(
             self.state,
             world_size=world.size,
@@ -267,7 +273,8 @@ class Stage:
             zero_stage=self._engine.zero_optimization_stage(),
             is_stage_done=self.state.step >= self.num_steps,
         )
-        report = save_checkpoint(
+        writer.wait()  # what it leaves half done would be taken for the work of a killed process
+        prepared = prepare_save(
             self._run.folder / CHECKPOINTS,
             name,
             live_engine(self._engine),
@@ -276,19 +283,29 @@ class Stage:
             rng=capture_rng(),
             ranks=current_ranks(),
             log=self._run.log.say,
-            keep_last=recipe.train.checkpoint.keep_last,
-            protect=self._ends(),
         )
-        self._run.log.event("checkpoint", path=str(report.path), seconds=report.seconds, bytes=report.bytes)
+        writer.finish(
+            prepared,
+            at_once=at_once,
+            keep_last=recipe.train.checkpoint.keep_last,
+            protect=self._kept(),
+            done=self._log_saved,
+        )
         self._saved = name
-        return report.path
 
-    def _ends(self) -> set[str]:
-        """Names of the checkpoints at the ends of stages, which are kept."""
-        folder = self._run.folder / CHECKPOINTS
-        earlier = self._run.recipe.stages[: self.state.stage]
-        ends = {max((path.name for path in folder.glob(f"{stage.name}-??????")), default="") for stage in earlier}
-        return ends | {f"{self._settings.name}-{self.num_steps:06d}"}
+    def _log_saved(self, report: SaveReport) -> None:
+        self._run.log.event("checkpoint", path=str(report.path), seconds=report.seconds, bytes=report.bytes)
+
+    def _kept(self) -> set[str]:
+        """Names of the checkpoints that stay for good: ends of stages, and multiples of `keep_every`."""
+        folder, keep_every = self._run.folder / CHECKPOINTS, self._run.recipe.train.checkpoint.keep_every
+        kept = {f"{self._settings.name}-{self.num_steps:06d}"}
+        for index, stage in enumerate(self._run.recipe.stages[: self.state.stage + 1]):
+            steps = {int(path.name[-6:]): path.name for path in folder.glob(f"{stage.name}-??????")}
+            if steps and index < self.state.stage:
+                kept.add(steps[max(steps)])
+            kept |= {name for step, name in steps.items() if keep_every and step % keep_every == 0}
+        return kept
 
     def close(self) -> None:
         """Give the engine's memory back."""

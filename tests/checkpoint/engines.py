@@ -83,8 +83,10 @@ def batch(step: int, rank: int) -> Tensor:
     return torch.randint(0, VOCABULARY, (BATCH, SEQUENCE), generator=generator)
 
 
-def make_engine(case: Case, seed: int) -> Any:
-    """An engine with two optimizer groups, accumulation over 2 and active clipping."""
+def make_engine(
+    case: Case, seed: int, model: nn.Module | None = None, more_config: Mapping[str, Any] | None = None
+) -> Any:
+    """An engine of `model` (or a new `Tiny`) with two optimizer groups, accumulation over 2 and active clipping."""
     from deepspeed.utils import groups
 
     from moe_lvlm.parallel.engine import start_engine
@@ -93,7 +95,7 @@ def make_engine(case: Case, seed: int) -> Any:
     # DeepSpeed allows one expert-parallel size a process; the cases follow each other in one
     groups._EXPERT_PARALLEL_GROUP = {}
     groups._EXPERT_DATA_PARALLEL_GROUP = {}
-    model = Tiny(seed)
+    model = Tiny(seed) if model is None else model
     bind_expert_parallel(model, case.expert_parallel_size, zero_stage=case.stage)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer_groups = [
@@ -103,7 +105,7 @@ def make_engine(case: Case, seed: int) -> Any:
     zero: dict[str, Any] = {"stage": case.stage, "round_robin_gradients": case.round_robin}
     if case.stage == 3:
         zero |= {"stage3_param_persistence_threshold": 40, "sub_group_size": 150}
-    config = {
+    config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": BATCH,
         "gradient_accumulation_steps": 2,
         "gradient_clipping": 0.05,
@@ -112,6 +114,7 @@ def make_engine(case: Case, seed: int) -> Any:
         "steps_per_print": 10**9,
         "bf16": {"enabled": case.precision == "bf16"},
     }
+    config |= more_config or {}
     return start_engine(model, optimizer_groups, optimizer_options={"betas": (0.9, 0.98)}, config=config)
 
 

@@ -36,7 +36,7 @@ def test_a_killed_save_loses_nothing(tmp_path: Path) -> None:
         except EOFError:
             reports.close()
 
-        path = newest_valid(tmp_path, print)
+        path = newest_valid(tmp_path, print, is_owner=True)
         assert path is not None
         found = Checkpoint(path).state["global_step"]
         assert found in (last, last + 1)  # killed between saving and reporting

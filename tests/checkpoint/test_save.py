@@ -253,7 +253,9 @@ def test_leftovers_go_and_other_files_stay(tmp_path: Path) -> None:
     foreign = tmp_path / ".mine.tmp"
     foreign.mkdir()
     (foreign / "thesis.tex").write_text("")
-    assert newest_valid(tmp_path, print) == tmp_path / "c1"
+    assert newest_valid(tmp_path, print) is None  # a reader must not touch what may be a save under way
+    assert half_written.exists()
+    assert newest_valid(tmp_path, print, is_owner=True) == tmp_path / "c1"
     save_one(tmp_path, "c2", stepped(), 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == [".mine.tmp", "c1", "c2", "latest"]
 
@@ -366,8 +368,9 @@ def test_a_failure_on_one_rank_is_raised_on_all(tmp_path: Path) -> None:
 def test_writers_are_balanced_among_those_that_hold_a_fragment() -> None:
     # by hand: 8 goes to rank 1 (rank 0 has 5 already), 4 to rank 0 (5 against 8), 2 only rank 1 holds
     big, middle, small = (Owned(name, "weight", 0, n, n) for name, n in (("a", 8), ("b", 4), ("c", 2)))
-    writers = choose_writers([[big, middle], [big, middle, small]], [5, 0])
+    writers, loads = choose_writers([[big, middle], [big, middle, small]], [5, 0])
     assert writers == {big: 1, middle: 0, small: 1}
+    assert loads == [9, 10]
 
 
 def test_a_moved_checkpoint_opens(tmp_path: Path) -> None:

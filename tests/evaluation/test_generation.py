@@ -8,10 +8,9 @@ import pytest
 import torch
 from transformers import LlavaForConditionalGeneration, PreTrainedModel, PreTrainedTokenizerFast
 
-from moe_lvlm.data.templates import build_template
+from moe_lvlm.data.templates import build_template, end_of_turn_id
 from moe_lvlm.evaluation.generation import (
     collate_prompts,
-    end_of_turn_id,
     end_token_ids,
     generate_answers,
     generate_ids,

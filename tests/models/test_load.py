@@ -167,3 +167,10 @@ def test_pickles_are_not_opened(folder: Path, tmp_path: Path) -> None:
     (copied / "pytorch_model.bin").write_bytes(b"\x80\x04.")
     with pytest.raises(ValueError, match="pickle files"):
         moe_lvlm.load(copied)
+
+
+def test_a_folder_without_a_processor_is_named(folder: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(folder / name, tmp_path / name)
+    with pytest.raises(ValueError, match=rf"{tmp_path}: no processor \(processor_config\.json or"):
+        moe_lvlm.load(tmp_path)

@@ -8,6 +8,7 @@ launcher would start them; 0 is one process without a launcher. All processes of
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -16,9 +17,14 @@ import sys
 from typing import Any
 
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-# What a run would import when it gets there. `torch._dynamo`: torch's optimizers load it at their first step.
+# What a run would import when it gets there. `torch._dynamo`: torch's optimizers load it at their first step. DeepSpeed
+# looks at Muon whatever the optimizer is, and with it imports torch's compiler: 6 s of every process's start.
 PRELOADED = (
     "torch._dynamo",
+    "deepspeed.runtime.zero.muon.muon_optimizer",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "setuptools",
+    "PIL.PngImagePlugin",
     "torch.utils.tensorboard",
     "transformers.models.clip.modeling_clip",
     "transformers.models.llama.modeling_llama",
@@ -92,6 +98,8 @@ def run_command(command: list[str]) -> int:
 if __name__ == "__main__":
     for module in PRELOADED:
         importlib.import_module(module)
+    # a collection in a process of a run would touch, and so copy, everything that was imported
+    gc.freeze()
     wanted = serve()
     if wanted is not None:
         sys.exit(run_command(wanted))

@@ -129,7 +129,7 @@ def test_a_finished_run(server: Server, recipe: Path, unbroken: Path, tmp_path: 
 
 
 def test_what_a_run_holds(unbroken: Path) -> None:
-    names = {path.name for path in unbroken.iterdir()}
+    names = {path.name for path in unbroken.iterdir() if not path.name.startswith(".")}
     assert names == {
         "DONE", "checkpoints", "deepspeed.json", "environment.txt", "log.jsonl", "processor", "recipe.yaml", "tensorboard",
     }  # fmt: skip

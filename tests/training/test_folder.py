@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,14 @@ import pytest
 
 from moe_lvlm.config.load import dump_recipe, load_recipe
 from moe_lvlm.config.recipe import Recipe
-from moe_lvlm.training.folder import check_same_run, describe_environment, prepare_folder, run_folder, write_facts
+from moe_lvlm.training.folder import (
+    adopt_run,
+    check_same_run,
+    describe_environment,
+    prepare_folder,
+    run_folder,
+    write_facts,
+)
 from tests.tiny_run import tiny_recipe
 
 
@@ -132,3 +140,36 @@ def test_facts_of_the_start(tmp_path: Path) -> None:
     lines = dict(line.split(": ", 1) for line in text.splitlines())
     assert lines["processes"] == "3"
     assert lines["deepspeed"].startswith("0.19.8")
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_the_recipe_is_never_half_written(is_new: bool, tmp_path: Path) -> None:
+    """A process that may write no file of that size fails, and the next one goes on."""
+    recipe = make(tmp_path)
+    if not is_new:
+        prepare_folder(recipe, resume=True)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            prepare_folder(recipe, resume=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    folder = prepare_folder(recipe, resume=True)
+    assert load_recipe(folder / "recipe.yaml") == recipe
+
+
+def test_a_moved_checkpoint_becomes_a_run(tmp_path: Path) -> None:
+    source = prepare_folder(make(tmp_path / "a"), resume=True)
+    (source / "processor").mkdir()
+    (source / "processor" / "tokenizer.json").write_text("{}")
+    (source / "log.jsonl").write_text("")
+    target = tmp_path / "b"
+    target.mkdir()
+    assert adopt_run(source, target) == ["processor", "recipe.yaml"]
+    assert sorted(path.name for path in target.iterdir()) == ["processor", "recipe.yaml"]
+    moved = make(tmp_path / "a", output_dir=str(target))
+    assert prepare_folder(moved, resume=True) == target  # training goes on there
+    assert adopt_run(source, target) == []  # a run already
+    assert load_recipe(target / "recipe.yaml") == moved
+    assert adopt_run(tmp_path / "none", tmp_path / "c") == []

@@ -86,3 +86,15 @@ def test_other_ranks_say_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[s
     log.close()
     assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr().err == ""
+
+
+def test_half_a_line_is_dropped(tmp_path: Path) -> None:
+    """It was being written when the machine failed or the disk was full; events that follow stay readable."""
+    whole = '{"event": "stage", "time": 1.0}\n'
+    (tmp_path / "log.jsonl").write_text(whole + '{"event": "st')
+    log = RunLog(tmp_path, is_enabled=True)
+    log.event("resume", global_step=3)
+    log.close()
+    content = (tmp_path / "log.jsonl").read_text()
+    assert content.startswith(whole)
+    assert [json.loads(line)["event"] for line in content.splitlines()] == ["stage", "resume"]

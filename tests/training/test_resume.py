@@ -40,12 +40,12 @@ def kill_in_save(server: Server, command: list[str], fsync: int) -> None:
 def test_killed_at_steps_and_in_saves(server: Server, recipe: Path, unbroken: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     command = ["train", str(recipe), *OVERRIDES, f"output_dir={run}"]
-    kill_in_save(server, command, 2)  # before there is any checkpoint
+    kill_in_save(server, command, 4)  # before there is any checkpoint; the first two are the recipe's
     assert list((run / "checkpoints").glob(".*.tmp"))
     kill_after(server, command, run, "tune", 2)
-    kill_in_save(server, command, 8)
+    kill_in_save(server, command, 10)
     kill_after(server, command, run, "sparse", 2)
-    kill_in_save(server, command, 15)
+    kill_in_save(server, command, 17)
     assert not (run / "DONE").exists()
     server.run(command)
     assert_same_run(run, unbroken)
@@ -53,7 +53,11 @@ def test_killed_at_steps_and_in_saves(server: Server, recipe: Path, unbroken: Pa
     assert not list((run / "checkpoints").glob(".*"))
 
 
-@pytest.mark.parametrize("settings", [("parallel.deepspeed=zero3",), ("train.precision=bf16",)], ids=["zero3", "bf16"])
+@pytest.mark.parametrize(
+    "settings",
+    [("parallel.deepspeed=zero3",), ("train.precision=bf16",), ("train.checkpoint.background=true",)],
+    ids=["zero3", "bf16", "background"],
+)
 def test_killed_under(settings: tuple[str, ...], server: Server, recipe: Path, tmp_path: Path) -> None:
     command = ["train", str(recipe), *OVERRIDES, *settings]
     server.run([*command, f"output_dir={tmp_path / 'unbroken'}"])
