@@ -1,0 +1,175 @@
+"""tools/reshard.py: a run's checkpoint written anew from the command line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+from moe_lvlm.checkpoint.fragments import live_model
+from moe_lvlm.checkpoint.original import open_original
+from moe_lvlm.checkpoint.ranks import SingleRank
+from moe_lvlm.checkpoint.reader import Checkpoint
+from moe_lvlm.checkpoint.reshard import plan_reshard
+from moe_lvlm.checkpoint.rng import capture_rng
+from moe_lvlm.checkpoint.save import save_checkpoint
+from moe_lvlm.config.moe import MoEConfig
+from moe_lvlm.conversion.check import check
+from moe_lvlm.training.lock import lock_folder
+from tests.tiny_models import tiny_moe_llava
+
+TOOLS = Path(__file__).parents[2] / "tools"
+NAME = "sparse-000004"
+STATE = {
+    "stage": 1, "step": 4, "global_step": 4, "samples": 8, "bad": 0, "tokens": 100, "is_stage_done": False,
+    "world_size": 1, "expert_parallel_size": 1, "zero_stage": 0,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tool() -> Iterator[ModuleType]:
+    sys.path.insert(0, str(TOOLS))
+    try:
+        import reshard
+
+        yield reshard
+    finally:
+        sys.path.remove(str(TOOLS))
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run's folder with one checkpoint of a model whose routers are trained."""
+    folder = tmp_path_factory.mktemp("run")
+    model = tiny_moe_llava(MoEConfig(num_experts=4, top_k=2))
+    trained = []
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(".router." in name)
+        if parameter.requires_grad:
+            parameter.grad = torch.ones_like(parameter)
+            trained.append(parameter)
+    optimizer = torch.optim.AdamW(trained)
+    optimizer.step()
+    save_checkpoint(
+        folder / "checkpoints",
+        NAME,
+        live_model(model, optimizer),
+        config=json.loads(model.config.to_json_string()),
+        state=STATE,
+        rng=capture_rng(),
+        ranks=SingleRank(),
+        log=print,
+    )
+    return folder
+
+
+def test_a_run_is_merged(tool: ModuleType, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "new" / "checkpoints" / NAME
+    assert tool.main([str(run), str(target), "--files", "1", "--dry-run"]) == 0
+    assert "dry run: nothing was written" in capsys.readouterr().out
+    assert not (tmp_path / "new").exists()
+    assert tool.main([str(run), str(target), "--files", "1"]) == 0
+    out = capsys.readouterr().out
+    assert f"wrote {target}: " in out and "note" not in out
+    assert "  kept     exp_avg_sq      2 tensors                1,024 bytes" in out  # 2 gates of [4, 32] floats
+    assert check(target).problems == ()
+    assert (target.parent / "latest").read_text() == f"{NAME}\n"
+
+
+def test_without_optimizer_and_by_name(
+    tool: ModuleType, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = run / "checkpoints" / NAME
+    arguments = [str(source), str(tmp_path), "--name", "small", "--drop-optimizer", "--dtype", "bfloat16"]
+    assert tool.main(arguments) == 0
+    out = capsys.readouterr().out
+    assert "dropped  exp_avg " in out and "a new run or stage can start from the result" in out
+    path = tmp_path / "small"
+    assert check(path).problems == ()
+    dtypes = {entry.dtype for kinds in Checkpoint(path).index.tensors.values() for entry in kinds.values()}
+    assert dtypes == {torch.bfloat16}
+    assert tool.main(arguments) == 2
+    assert "small: exists already" in capsys.readouterr().err
+    assert tool.main([*arguments, "--overwrite"]) == 0
+
+
+def test_small_files_and_another_name(
+    tool: ModuleType, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert tool.main([str(run), str(tmp_path / "c" / "parts"), "--max-file-size", "100kB"]) == 0
+    assert len(list((tmp_path / "c" / "parts").glob("rank-*"))) > 2
+    assert (
+        f"note: training knows a checkpoint's stage by its name: it goes on from this one if it is called {NAME}"
+        in (capsys.readouterr().out)
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{run}/nothing", "{out}/x"], "no such folder; allowed: a checkpoint of ours or of DeepSpeed"),
+        (["{run}", "{out}/.hidden"], "checkpoint name '.hidden'"),
+        (["{run}", "{out}/x", "--files", "0"], "number of files: 0; allowed: 1 and above"),
+        (["{run}", "{out}/x", "--stage", "tune"], "stage: 'tune', but no recipe"),
+        (["{run}", "{out}/x", "--tag", "t"], "tag is for DeepSpeed's alone"),
+        (["{run}", "{out}/x", "--recipe", "quickstar"], "unknown recipe 'quickstar', did you mean 'quickstart'"),
+    ],
+)
+def test_mistakes(
+    tool: ModuleType,
+    run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    given = [argument.format(run=run, out=tmp_path / "out") for argument in arguments]
+    assert tool.main(given) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_nobody_may_train_there(tool: ModuleType, run: Path, tmp_path: Path) -> None:
+    """The lock of another process, which a run holds while it trains."""
+    target = tmp_path / "busy"
+    target.mkdir()
+    (target / "recipe.yaml").write_text("")
+    holder = (
+        "import sys; from pathlib import Path; from moe_lvlm.training.lock import lock_folder\n"
+        "with lock_folder(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", holder, str(target)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=TOOLS.parent
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == b"held\n"
+        assert tool.main([str(run), str(target / "checkpoints" / NAME)]) == 2
+        assert not (target / "checkpoints").exists()
+        process.communicate(b"")
+    assert tool.main([str(run), str(target / "checkpoints" / NAME)]) == 0
+    with lock_folder(target):
+        pass
+
+
+def test_help_says_what_resharding_is(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        tool.main(["--help"])
+    assert end.value.code == 0
+    out = capsys.readouterr().out
+    assert "Resharding only changes which file holds what" in out
+    assert "python tools/reshard.py runs/a " in out
+
+
+def test_an_import_must_be_of_the_model_that_config_describes(tool: ModuleType, run: Path, tmp_path: Path) -> None:
+    plan = plan_reshard(open_original(run))
+    tool._check_model(run / "checkpoints" / NAME, plan)
+    config = json.loads((run / "checkpoints" / NAME / "config.json").read_text())
+    config["moe"]["num_experts"] = 8
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"is not of the model in .*: .* 4 experts, config\.json says num_experts 8"):
+        tool._check_model(tmp_path / "config.json", plan)
