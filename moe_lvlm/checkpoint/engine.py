@@ -28,15 +28,15 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
 from moe_lvlm.checkpoint.fragments import FlatGroup, LiveTraining, Piece, live_model
+from moe_lvlm.config.deepspeed import DEEPSPEED_VERSION
 
-SUPPORTED_VERSION = "0.19.8"
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 
 
 def check_version(version: str = deepspeed.__version__) -> None:
     """Raise ValueError unless DeepSpeed is the version whose private layout this file knows."""
-    if version.split("+")[0] != SUPPORTED_VERSION:
-        raise ValueError(f"deepspeed is {version}; checkpoints know the internals of {SUPPORTED_VERSION} only")
+    if version.split("+")[0] != DEEPSPEED_VERSION:
+        raise ValueError(f"deepspeed is {version}; checkpoints know the internals of {DEEPSPEED_VERSION} only")
 
 
 def live_engine(engine: DeepSpeedEngine) -> LiveTraining:

@@ -10,6 +10,8 @@ from typing import Any
 from moe_lvlm.config.load import RecipeError, did_you_mean
 from moe_lvlm.config.recipe import Recipe, StageSettings
 
+# The one version whose private expert-parallel contract, engine internals and checkpoint files are known.
+DEEPSPEED_VERSION = "0.19.8"
 # Keys that the recipe, or this module, owns: where their values belong.
 _OWNERS: Mapping[str, str] = {
     "train_batch_size": "the recipe's stages.N.global_batch",

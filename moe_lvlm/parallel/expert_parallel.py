@@ -29,12 +29,11 @@ from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from deepspeed.utils import groups
 from torch import Tensor, nn
 
+from moe_lvlm.config.deepspeed import DEEPSPEED_VERSION
 from moe_lvlm.moe.dispatch import AllToAllDispatcher
 from moe_lvlm.moe.layer import MoELayer
 from moe_lvlm.moe.types import ExpertSlice
 from moe_lvlm.moe.upcycle import moe_layers
-
-DEEPSPEED_VERSION = "0.19.8"
 
 
 class SharedOutMoELayer(MoELayer):

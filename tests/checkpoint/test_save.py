@@ -28,31 +28,13 @@ from moe_lvlm.checkpoint.restore import restore_training_state
 from moe_lvlm.checkpoint.rng import capture_rng, restore_rng
 from moe_lvlm.checkpoint.save import Owned, choose_writers, save_checkpoint
 from moe_lvlm.checkpoint.verify import newest_valid, verify
-
-
-def trained_by_adam(model: nn.Module) -> LiveTraining:
-    return live_model(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]))
+from tests.checkpoint import trainings
+from tests.checkpoint.trainings import step, trained_by_adam
 
 
 def stepped(seed: int = 0, steps: int = 3) -> LiveTraining:
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 2))
-    model.get_parameter("0.bias").requires_grad_(False)
-    training = trained_by_adam(model)
-    step(training, steps)
-    return training
-
-
-def step(training: LiveTraining, steps: int) -> list[float]:
-    assert training.optimizer is not None
-    losses = []
-    for _ in range(steps):
-        training.optimizer.zero_grad()
-        loss = training.model(torch.randn(6, 4)).square().mean()
-        loss.backward()
-        training.optimizer.step()
-        losses.append(loss.item())
-    return losses
+    """So small that damage to any byte of it can be tried."""
+    return trainings.stepped(seed, steps, inputs=4)
 
 
 def save_one(folder: Path, name: str, training: LiveTraining, global_step: int, **options: Any) -> Any:

@@ -20,12 +20,17 @@ TRAIN_STATE: dict[str, Any] = {
 }  # fmt: skip
 
 
-def stepped(seed: int = 0, steps: int = 3, width: int = 5) -> LiveTraining:
+def trained_by_adam(model: nn.Module) -> LiveTraining:
+    """A model whose parameters that require a gradient are trained by AdamW."""
+    return live_model(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]))
+
+
+def stepped(seed: int = 0, steps: int = 3, *, inputs: int = 500, width: int = 5) -> LiveTraining:
     """Linear (its bias frozen), batch norm (buffers), linear; after so many steps."""
     torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(500, width), nn.BatchNorm1d(width), nn.Linear(width, 2))
+    model = nn.Sequential(nn.Linear(inputs, width), nn.BatchNorm1d(width), nn.Linear(width, 2))
     model.get_parameter("0.bias").requires_grad_(False)
-    training = live_model(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]))
+    training = trained_by_adam(model)
     step(training, steps)
     return training
 
@@ -33,10 +38,11 @@ def stepped(seed: int = 0, steps: int = 3, width: int = 5) -> LiveTraining:
 def step(training: LiveTraining, steps: int) -> list[float]:
     """The losses of so many steps on random inputs."""
     assert training.optimizer is not None
+    inputs = next(training.model.parameters()).shape[-1]
     losses = []
     for _ in range(steps):
         training.optimizer.zero_grad()
-        loss = training.model(torch.randn(6, 500)).square().mean()
+        loss = training.model(torch.randn(6, inputs)).square().mean()
         loss.backward()
         training.optimizer.step()
         losses.append(loss.item())

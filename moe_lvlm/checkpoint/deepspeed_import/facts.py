@@ -6,8 +6,8 @@ from typing import Any
 
 from moe_lvlm.checkpoint.deepspeed_import.collected import Collected
 from moe_lvlm.checkpoint.deepspeed_import.torch_files import Record
+from moe_lvlm.config.deepspeed import DEEPSPEED_VERSION
 
-WRITTEN_BY = "0.19.8"
 _COUNTERS = ("global_steps", "global_samples", "skipped_steps")
 # All that DeepSpeed itself puts in a model's file; the rest is the user's client_state
 _DEEPSPEED_KEYS = {
@@ -66,8 +66,8 @@ def read_client_state(model: Record, collected: Collected) -> dict[str, Any]:
 def note_what_is_lost(model: Record, collected: Collected) -> None:
     """Tell of what a checkpoint of DeepSpeed may have and ours has not."""
     version = str(model.data.get("ds_version"))
-    if version.split("+")[0] != WRITTEN_BY:
-        collected.note(f"written by DeepSpeed {version}; the layout known here is that of {WRITTEN_BY}")
+    if version.split("+")[0] != DEEPSPEED_VERSION:
+        collected.note(f"written by DeepSpeed {version}; the layout known here is that of {DEEPSPEED_VERSION}")
     config = model.optional("ds_config", dict) or {}
     if (config.get("zero_optimization") or {}).get("stage") in (2, 3) and model.data.get("frozen_param_shapes") is None:
         collected.note("saved with exclude_frozen_parameters: weights that are not trained are missing")
