@@ -6,7 +6,6 @@ import errno
 import json
 import os
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 from moe_lvlm.checkpoint import files
 from moe_lvlm.checkpoint.model_folder import as_dtype, check_target, plan_shards, tensor_bytes, write_model_folder
 from moe_lvlm.checkpoint.source import LazySource, LazyTensor, open_source
+from tests.checkpoint.conftest import FailWrite
 
 DOCUMENTS = {"config.json": b'{"model_type": "x"}', "README.md": b"# A model\n"}
 
@@ -145,21 +145,11 @@ def test_documents_are_plain_files(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
-def test_a_failed_write_leaves_everything_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+def test_a_failed_write_leaves_everything_as_it_was(tmp_path: Path, fail_write: FailWrite, code: int) -> None:
     write_model_folder(tmp_path / "m", source_of({"a": torch.ones(2)}), documents={})
     before = {file.name: file.read_bytes() for file in (tmp_path / "m").iterdir()}
-    original = files.HashedFile.write
     for failing in range(1, 100):
-        count = 0
-
-        def failing_write(self: Any, data: Any, failing: int = failing) -> None:
-            nonlocal count
-            count += 1
-            if count == failing:
-                raise OSError(code, "injected")
-            original(self, data)
-
-        monkeypatch.setattr(files.HashedFile, "write", failing_write)
+        fail_write(failing, code)
         try:
             write_model_folder(tmp_path / "m", source_of(weights()), documents=DOCUMENTS, is_overwriting=True)
         except OSError as error:

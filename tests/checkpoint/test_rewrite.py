@@ -18,6 +18,7 @@ from moe_lvlm.checkpoint.folder import read_latest, temporary_path
 from moe_lvlm.checkpoint.reader import Checkpoint
 from moe_lvlm.checkpoint.rewrite import FlatTensor, FlatTensors, file_bytes, plan_files, total_bytes, write_checkpoint
 from moe_lvlm.checkpoint.verify import verify
+from tests.checkpoint.conftest import FailWrite
 
 KIB, MIB = 2**10, 2**20
 
@@ -189,21 +190,11 @@ def test_a_killed_writer_leaves_no_trace(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
-def test_a_failed_write_leaves_everything_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+def test_a_failed_write_leaves_everything_as_it_was(tmp_path: Path, fail_write: FailWrite, code: int) -> None:
     """The k-th write fails, for every k until the writing comes through."""
     write(tmp_path, state={"global_step": 1})
-    original = files.HashedFile.write
     for failing in range(1, 200):
-        count = 0
-
-        def failing_write(self: Any, data: Any, failing: int = failing) -> None:
-            nonlocal count
-            count += 1
-            if count == failing:
-                raise OSError(code, "injected")
-            original(self, data)
-
-        monkeypatch.setattr(files.HashedFile, "write", failing_write)
+        fail_write(failing, code)
         try:
             write(tmp_path, state={"global_step": 2}, num_files=2)
         except OSError as error:

@@ -29,6 +29,7 @@ from moe_lvlm.checkpoint.rng import capture_rng, restore_rng
 from moe_lvlm.checkpoint.save import Owned, choose_writers, save_checkpoint
 from moe_lvlm.checkpoint.verify import newest_valid, verify
 from tests.checkpoint import trainings
+from tests.checkpoint.conftest import FailWrite
 from tests.checkpoint.trainings import step, trained_by_adam
 
 
@@ -252,22 +253,12 @@ def test_a_name_can_be_saved_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO])
-def test_a_failed_write_leaves_everything_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int) -> None:
+def test_a_failed_write_leaves_everything_as_it_was(tmp_path: Path, fail_write: FailWrite, code: int) -> None:
     """The k-th write fails, for every k until a save comes through."""
     save_one(tmp_path, "c1", stepped(), 1)
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "c1").iterdir()}
-    write = files.HashedFile.write
     for failing in range(1, 200):
-        count = 0
-
-        def failing_write(self: Any, data: Any, failing: int = failing) -> None:
-            nonlocal count
-            count += 1
-            if count == failing:
-                raise OSError(code, "injected")
-            write(self, data)
-
-        monkeypatch.setattr(files.HashedFile, "write", failing_write)
+        fail_write(failing, code)
         try:
             save_one(tmp_path, "c2", stepped(), 2)
         except SaveError as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -13,8 +12,8 @@ import pytest
 import torch
 
 from moe_lvlm.config.moe import MoEConfig
+from tests.tools.conftest import Import
 
-TOOLS = Path(__file__).parents[2] / "tools"
 MIB = 2**20
 
 
@@ -25,18 +24,10 @@ class Bench(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def bench() -> Iterator[Bench]:
+def bench(import_tool: Import) -> Iterator[Bench]:
     threads = torch.get_num_threads()
-    sys.path.insert(0, str(TOOLS))
-    try:
-        import bench.checkpoints
-        import bench.disk
-        import bench_checkpoint
-
-        yield Bench(bench_checkpoint, bench.checkpoints, bench.disk)
-    finally:
-        sys.path.remove(str(TOOLS))
-        torch.set_num_threads(threads)
+    yield Bench(*map(import_tool, ("bench_checkpoint", "bench.checkpoints", "bench.disk")))
+    torch.set_num_threads(threads)
 
 
 def test_the_whole_command(bench: Bench, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

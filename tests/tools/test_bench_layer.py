@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -13,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-TOOLS = Path(__file__).parents[2] / "tools"
+from tests.tools.conftest import Import
+
 TINY = ["--tokens", "64", "--model-width", "32", "--ffn-width", "48", "--repeats", "2", "--warmup", "0"]
 RIVALS = {
     "transformers_eager",
@@ -35,22 +35,12 @@ class Bench(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def bench() -> Iterator[Bench]:
-    """The tool's modules, imported as its script sees them: with tools/ on the path."""
+def bench(import_tool: Import) -> Iterator[Bench]:
+    """The tool and its modules."""
     threads = torch.get_num_threads()
-    sys.path.insert(0, str(TOOLS))
-    try:
-        import bench.check
-        import bench.layers
-        import bench.measure
-        import bench.problem
-        import bench.variants
-        import bench_layer
-
-        yield Bench(bench_layer, bench.check, bench.layers, bench.measure, bench.problem, bench.variants)
-    finally:
-        sys.path.remove(str(TOOLS))
-        torch.set_num_threads(threads)
+    modules = ("check", "layers", "measure", "problem", "variants")
+    yield Bench(import_tool("bench_layer"), *(import_tool(f"bench.{name}") for name in modules))
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(autouse=True)

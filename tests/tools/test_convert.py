@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,21 +20,16 @@ from moe_lvlm.training.build import run_processor, stage_config
 from tests.conversion.layouts import logits, tiny_vlm, write_original, write_tower
 from tests.conversion.test_upcycling import write_dense
 from tests.tiny_run import write_run_inputs
+from tests.tools.conftest import TOOLS, Import
 
-TOOLS = Path(__file__).parents[2] / "tools"
 Command = Callable[..., int]
 
 
 @pytest.fixture(scope="module")
-def convert() -> Iterator[Command]:
-    """The script's main, imported as it sees its neighbours: with tools/ on the path."""
-    sys.path.insert(0, str(TOOLS))
-    try:
-        import convert as script
-
-        yield lambda *args: script.main([str(arg) for arg in args])
-    finally:
-        sys.path.remove(str(TOOLS))
+def convert(import_tool: Import) -> Command:
+    """The script's main."""
+    script = import_tool("convert")
+    return lambda *args: script.main([str(arg) for arg in args])
 
 
 @pytest.fixture(scope="module")

@@ -5,27 +5,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
+from tests.tools.conftest import TOOLS, Import
 from tests.trained_run import write_trained_run
-
-TOOLS = Path(__file__).parents[2] / "tools"
 
 
 @pytest.fixture(scope="module")
-def tool() -> Iterator[ModuleType]:
-    """The script, imported as it sees itself: with tools/ on the path."""
-    sys.path.insert(0, str(TOOLS))
-    try:
-        import export
-
-        yield export
-    finally:
-        sys.path.remove(str(TOOLS))
+def tool(import_tool: Import) -> ModuleType:
+    return import_tool("export")
 
 
 @pytest.fixture(scope="module")

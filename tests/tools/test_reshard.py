@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -23,8 +22,8 @@ from moe_lvlm.config.moe import MoEConfig
 from moe_lvlm.conversion.check import check
 from moe_lvlm.training.lock import lock_folder
 from tests.tiny_models import tiny_moe_llava
+from tests.tools.conftest import TOOLS, Import
 
-TOOLS = Path(__file__).parents[2] / "tools"
 NAME = "sparse-000004"
 STATE = {
     "stage": 1, "step": 4, "global_step": 4, "samples": 8, "bad": 0, "tokens": 100, "is_stage_done": False,
@@ -33,14 +32,8 @@ STATE = {
 
 
 @pytest.fixture(scope="module")
-def tool() -> Iterator[ModuleType]:
-    sys.path.insert(0, str(TOOLS))
-    try:
-        import reshard
-
-        yield reshard
-    finally:
-        sys.path.remove(str(TOOLS))
+def tool(import_tool: Import) -> ModuleType:
+    return import_tool("reshard")
 
 
 @pytest.fixture(scope="module")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -14,19 +12,12 @@ from moe_lvlm.checkpoint.model_folder import write_model_folder
 from moe_lvlm.checkpoint.source import LazySource, LazyTensor
 from moe_lvlm.config.moe import MoEConfig
 from tests.tiny_models import tiny_moe_llava
-
-TOOLS = Path(__file__).parents[2] / "tools"
+from tests.tools.conftest import Import
 
 
 @pytest.fixture(scope="module")
-def tool() -> Iterator[ModuleType]:
-    sys.path.insert(0, str(TOOLS))
-    try:
-        import verify
-
-        yield verify
-    finally:
-        sys.path.remove(str(TOOLS))
+def tool(import_tool: Import) -> ModuleType:
+    return import_tool("verify")
 
 
 @pytest.fixture
