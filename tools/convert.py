@@ -24,7 +24,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from terminal import DONE, SHARD_BYTES, byte_progress, make_parser, parse_bytes, run
+from terminal import DONE, byte_progress, make_parser, parse_bytes, run
 
 if TYPE_CHECKING:  # what needs torch is imported by the handler of a command, so that --help is quick
     from moe_lvlm.config.moe import MoEConfig
@@ -53,14 +53,15 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _convert(args: argparse.Namespace) -> int:
-    from moe_lvlm.checkpoint.model_folder import as_dtype, check_target
+    from moe_lvlm.checkpoint.model_folder import DEFAULT_SHARD_BYTES, as_dtype, check_target
     from moe_lvlm.conversion.folder import summarize, write_converted
 
     dtype = None if args.dtype is None else as_dtype(args.dtype)
+    max_shard_bytes = args.max_shard_size or DEFAULT_SHARD_BYTES
     if not args.dry_run:
         check_target(args.output, is_overwriting=args.overwrite)
     converted: Converted = args.convert(args).to(dtype)
-    summary = summarize(converted, max_shard_bytes=args.max_shard_size)
+    summary = summarize(converted, max_shard_bytes=max_shard_bytes)
     _print(summary, converted)
     if args.dry_run:
         print(f"dry run: nothing was written to {args.output}")
@@ -69,7 +70,7 @@ def _convert(args: argparse.Namespace) -> int:
         written = write_converted(
             converted,
             args.output,
-            max_shard_bytes=args.max_shard_size,
+            max_shard_bytes=max_shard_bytes,
             is_overwriting=args.overwrite,
             advance=advance,
         )
@@ -186,7 +187,6 @@ def _output_parser() -> argparse.ArgumentParser:
     shared.add_argument(
         "--max-shard-size",
         type=parse_bytes,
-        default=SHARD_BYTES,
         metavar="SIZE",
         help="the most that a file of weights holds, such as 500MB (default: 5GB)",
     )

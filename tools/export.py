@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.filesize import decimal
 from rich.table import Table
-from terminal import DONE, SHARD_BYTES, byte_progress, make_parser, parse_bytes, run
+from terminal import DONE, byte_progress, make_parser, parse_bytes, run
 
 if TYPE_CHECKING:  # what needs torch is imported by the command, so that --help is quick
     from moe_lvlm.conversion.export import ExportPlan, ExportResult
@@ -52,7 +52,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     model.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="default: as wide as the weights are"
     )
-    model.add_argument("--max-shard-size", type=parse_bytes, default=SHARD_BYTES, metavar="SIZE",
+    model.add_argument("--max-shard-size", type=parse_bytes, metavar="SIZE",
                        help="most bytes of a weights file (default: 5GB)")  # fmt: skip
     model.add_argument("--license", default="unknown", metavar="ID", help="licence, as the Hub names it, for the card")
     model.add_argument("--without-eea", action="store_true", help="switch off the extra experts of vision tail tokens")
@@ -75,14 +75,15 @@ def _count(text: str) -> int:
 
 def export(options: argparse.Namespace) -> int:
     """The command `model`."""
-    from moe_lvlm.checkpoint.model_folder import as_dtype, check_target
+    from moe_lvlm.checkpoint.model_folder import DEFAULT_SHARD_BYTES, as_dtype, check_target
     from moe_lvlm.conversion.export import check_refusal, export_model, plan_export
     from moe_lvlm.evaluation.eea import measure_eea
 
     check_target(options.target, is_overwriting=options.overwrite)
     dtype = None if options.dtype is None else as_dtype(options.dtype)
     plan = plan_export(options.source, format=options.format, dtype=dtype, is_eea_off=options.without_eea)
-    print_plan(plan, options.max_shard_size)
+    max_shard_bytes = options.max_shard_size or DEFAULT_SHARD_BYTES
+    print_plan(plan, max_shard_bytes)
     if options.dry_run:
         refusal = check_refusal(plan) if options.check is None else None
         print(f"a check would be left out: {refusal}" if refusal else "dry run: nothing was written")
@@ -97,7 +98,7 @@ def export(options: argparse.Namespace) -> int:
     with byte_progress("weights", plan.num_bytes) as advance:
         result = export_model(
             plan, options.target,
-            max_shard_bytes=options.max_shard_size, license=options.license, eea_report=report,
+            max_shard_bytes=max_shard_bytes, license=options.license, eea_report=report,
             is_checked=options.check, is_overwriting=options.overwrite, advance=advance,
         )  # fmt: skip
     print_result(result)

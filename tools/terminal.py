@@ -12,7 +12,6 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 DONE, FAILED, USER_ERROR, INTERRUPTED = 0, 1, 2, 130
-SHARD_BYTES = 5 * 10**9  # the most that a file of weights holds unless another size is asked for
 # What a user can cause and mend. Anything else is ours and keeps its traceback.
 _USER_ERRORS = (ValueError, OSError)
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}

@@ -17,12 +17,13 @@ from torch import Tensor
 from moe_lvlm.checkpoint.files import Advance
 from moe_lvlm.checkpoint.folder import Log
 from moe_lvlm.checkpoint.layout import HAS_OPTIMIZER, MOMENTS, Kind
+from moe_lvlm.checkpoint.model_folder import DEFAULT_SHARD_BYTES
 from moe_lvlm.checkpoint.original import Original, open_original
 from moe_lvlm.checkpoint.rewrite import FlatTensor, FlatTensors, file_bytes, plan_files, total_bytes, write_checkpoint
 from moe_lvlm.checkpoint.save import SaveReport
 from moe_lvlm.config.recipe import Recipe
 
-DEFAULT_FILE_BYTES = 5 * 10**9
+DEFAULT_FILE_BYTES = DEFAULT_SHARD_BYTES
 _CONVERTED = {torch.float32, torch.bfloat16, torch.float16}  # what another type is made of; integers stay
 
 

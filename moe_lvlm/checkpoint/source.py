@@ -98,6 +98,12 @@ class LazySource:
     def __init__(self, tensors: Mapping[str, LazyTensor]) -> None:
         self.tensors = dict(tensors)
 
+    def to(self, dtype: torch.dtype | None) -> LazySource:
+        """The same with floating-point weights of another type; None leaves them."""
+        return LazySource(
+            {name: one.to(dtype) if one.dtype.is_floating_point else one for name, one in self.tensors.items()}
+        )
+
     def names(self) -> Sequence[str]:
         return list(self.tensors)
 

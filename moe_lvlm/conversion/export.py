@@ -26,9 +26,10 @@ from moe_lvlm.checkpoint.model_folder import (
     write_model_folder,
 )
 from moe_lvlm.checkpoint.source import LazySource, LazyTensor, WeightSource, open_source
-from moe_lvlm.config.moe import MoEConfig
 from moe_lvlm.conversion.export_check import ExportCheck, check_export, memory_available, memory_needed
-from moe_lvlm.conversion.model_card import CardFacts, ParameterCounts, render_card
+from moe_lvlm.conversion.folder import without_paths
+from moe_lvlm.conversion.model_card import CardFacts, render_card
+from moe_lvlm.conversion.parameters import ParameterCounts, count_parameters
 from moe_lvlm.conversion.processor_files import ProcessorFiles, processor_files
 from moe_lvlm.conversion.provenance import Provenance, read_provenance
 from moe_lvlm.conversion.remote_code import MODEL_CLASS, RemoteCode, remote_code
@@ -116,7 +117,7 @@ def plan_export(
     source = _untied(open_source(folder), config)
     chosen = dtype or _widest(source)
     renamed = source if choice.stock is None else stock_source(config, choice.stock, source)
-    tensors = LazySource({name: _as(tensor, chosen) for name, tensor in renamed.tensors.items()})
+    tensors = renamed.to(chosen)
     provenance = read_provenance(folder)
     return ExportPlan(
         source=folder,
@@ -195,23 +196,6 @@ def check_refusal(plan: ExportPlan) -> str | None:
     )
 
 
-def count_parameters(source: WeightSource, moe: MoEConfig | None) -> ParameterCounts:
-    """All parameters, and those that a token passes."""
-    sizes = {name: torch.Size(source.shape(name)).numel() for name in source.names()}
-    total = sum(sizes.values())
-    if moe is None:
-        return ParameterCounts(total=total, activated=total)
-    routed = sum(size for name, size in sizes.items() if ".mlp.experts." in name)
-
-    def activated(num_experts: int) -> int:
-        return total - routed + routed * num_experts // moe.num_experts
-
-    tail = getattr(moe.router, "tail_k", None) or moe.num_experts
-    return ParameterCounts(
-        total=total, activated=activated(moe.top_k), activated_tail=activated(tail) if has_eea(moe) else None
-    )
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Choice:
     """stock: the stock form, None for a native one. reason: why it is not stock, None where that was not asked."""
@@ -253,10 +237,6 @@ def _widest(source: WeightSource) -> torch.dtype:
     return reduce(torch.promote_types, floating)
 
 
-def _as(tensor: LazyTensor, dtype: torch.dtype) -> LazyTensor:
-    return tensor.to(dtype) if tensor.dtype.is_floating_point else tensor
-
-
 def _with_dtype(config: LlavaConfig, dtype: torch.dtype) -> LlavaConfig:
     for part in (config, config.text_config, config.vision_config):
         part.dtype = dtype
@@ -264,7 +244,7 @@ def _with_dtype(config: LlavaConfig, dtype: torch.dtype) -> LlavaConfig:
 
 
 def _documents(plan: ExportPlan, *, license: str, eea_report: Mapping[str, Any] | None) -> dict[str, bytes]:
-    config = _without_paths(json.loads(plan.exported_config.to_json_string()))
+    config = without_paths(json.loads(plan.exported_config.to_json_string()))
     if plan.code is not None:
         config["auto_map"] = dict(plan.code.auto_map)
     documents = {**plan.processor.files, "config.json": _json(config)}
@@ -274,15 +254,6 @@ def _documents(plan: ExportPlan, *, license: str, eea_report: Mapping[str, Any] 
         documents[EEA_REPORT] = _json(eea_report)
     documents["README.md"] = render_card(_card_facts(plan, license=license, eea_report=eea_report)).encode()
     return documents
-
-
-def _without_paths(config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration that does not tell where on this machine it was read."""
-    config.pop("_name_or_path", None)
-    for part in config.values():
-        if isinstance(part, dict):
-            part.pop("_name_or_path", None)
-    return config
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

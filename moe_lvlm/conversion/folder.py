@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from moe_lvlm.checkpoint.files import Advance
 from moe_lvlm.checkpoint.model_folder import DEFAULT_SHARD_BYTES, WrittenFolder, plan_shards, write_model_folder
 from moe_lvlm.checkpoint.source import LazySource, WeightSource
 from moe_lvlm.conversion.bin_shards import open_weights
+from moe_lvlm.conversion.parameters import count_parameters
 from moe_lvlm.conversion.target import LLAVA_RULES, build_target
 from moe_lvlm.models.build import config_of, is_plain_llava
 from moe_lvlm.models.config import MoELlavaConfig
@@ -50,11 +50,7 @@ class Converted:
 
     def to(self, dtype: torch.dtype | None) -> Converted:
         """The same model with floating-point weights of another type; None leaves them."""
-        tensors = {
-            name: tensor.to(dtype) if tensor.dtype.is_floating_point else tensor
-            for name, tensor in self.weights.tensors.items()
-        }
-        return replace(self, weights=LazySource(tensors))
+        return replace(self, weights=self.weights.to(dtype))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,16 +99,14 @@ def _complete_processor(processor: LlavaProcessor, config: MoELlavaConfig, folde
 def summarize(converted: Converted, *, max_shard_bytes: int = DEFAULT_SHARD_BYTES) -> Summary:
     """What `write_converted` would write."""
     shards = plan_shards(converted.weights, max_shard_bytes=max_shard_bytes)
-    sizes = {name: math.prod(converted.weights.shape(name)) for name in converted.weights.names()}
     moe = converted.config.moe_config if isinstance(converted.config, MoELlavaConfig) else None
-    experts = sum(size for name, size in sizes.items() if ".mlp.experts." in name)
-    idle = 0 if moe is None else experts * (moe.num_experts - moe.top_k) // moe.num_experts
+    parameters = count_parameters(converted.weights, moe)
     return Summary(
-        num_tensors=len(sizes),
+        num_tensors=len(converted.weights.tensors),
         num_bytes=shards.num_bytes,
         num_files=len(shards.names_of),
-        num_parameters=sum(sizes.values()),
-        num_activated=sum(sizes.values()) - idle,
+        num_parameters=parameters.total,
+        num_activated=parameters.activated,
         differences=tuple(_differences(converted.before, converted.config.to_dict())),
     )
 
@@ -145,7 +139,7 @@ def write_converted(
 
 def _documents(converted: Converted) -> dict[str, bytes]:
     """config.json, generation_config.json, and what the processor saves."""
-    config = type(converted.config).from_dict(_without_paths(converted.config.to_dict()))
+    config = type(converted.config).from_dict(without_paths(converted.config.to_dict()))
     embeddings = next(name for name in converted.weights.names() if name.endswith("embed_tokens.weight"))
     config.dtype = converted.weights.dtype(embeddings)
     if isinstance(config, MoELlavaConfig):
@@ -166,9 +160,9 @@ def _documents(converted: Converted) -> dict[str, bytes]:
     }
 
 
-def _without_paths(fields: Mapping[str, Any]) -> dict[str, Any]:
+def without_paths(fields: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration without the folders of this machine from which its parts were read."""
-    nested = {key: _without_paths(value) if isinstance(value, Mapping) else value for key, value in fields.items()}
+    nested = {key: without_paths(value) if isinstance(value, Mapping) else value for key, value in fields.items()}
     nested.pop("_name_or_path", None)
     return nested
 

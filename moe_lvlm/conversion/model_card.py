@@ -16,17 +16,8 @@ import moe_lvlm
 from moe_lvlm.config.moe import LongTailRouterSettings, MoEConfig
 from moe_lvlm.config.recipe import PartSettings, SourceSettings
 from moe_lvlm.config.yaml_text import dump_yaml
+from moe_lvlm.conversion.parameters import ParameterCounts
 from moe_lvlm.conversion.provenance import Provenance
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ParameterCounts:
-    """Parameters of the whole model, and those that one token passes: with `top_k` experts, and with `tail_k`, None
-    where no token takes more."""
-
-    total: int
-    activated: int
-    activated_tail: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
