@@ -55,6 +55,7 @@ setup(
         "xxhash>=3.5",
     ],
     extras_require={
+        "clusters": ["scikit-learn>=1.5", "sentence-transformers>=6"],
         "flash-attn": ["flash-attn>=2.8"],
         "dev": [
             "hypothesis>=6",

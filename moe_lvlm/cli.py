@@ -74,13 +74,13 @@ def _complain(message: str) -> None:
 
 
 def _command(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, help_text: str, example: str
+    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, help_text: str, *examples: str
 ) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         name,
         help=help_text,
         description=f"{help_text[0].upper()}{help_text[1:]}.",
-        epilog=f"example:\n  {example}",
+        epilog="\n  ".join(["example:", *examples]),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -96,7 +96,10 @@ def _add_recipe_arguments(parser: argparse.ArgumentParser, *, recipe_is_optional
         help="a name from `moe-lvlm recipes`, or the path of a YAML file",
     )
     parser.add_argument(
-        "overrides", metavar="key=value", nargs="*", help="settings in place of the recipe's, such as stages.0.steps=20"
+        "overrides",
+        metavar="key=value",
+        nargs="*",
+        help="settings in place of the recipe's, such as stages.0.steps=20, or scale=tiny",
     )
 
 
@@ -121,6 +124,7 @@ def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         "train",
         "train the stages of a recipe, or go on where an unfinished run stopped",
         "torchrun --standalone --nproc_per_node 2 -m moe_lvlm train quickstart train.precision=bf16",
+        "moe-lvlm train ltdr/ltdr_stablelm scale=tiny",
     )
     _add_recipe_arguments(parser)
     parser.add_argument(
@@ -231,6 +235,7 @@ def _add_recipes(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "recipes",
         "list the recipes, or print one with its defaults and overrides filled in",
         "moe-lvlm recipes quickstart stages.0.steps=20",
+        "moe-lvlm recipes ltdr/dar scale=tiny",
     )
     _add_recipe_arguments(parser, recipe_is_optional=True)
     parser.add_argument("--folder", action="store_true", help="print only the folder that the recipe's run goes to")
@@ -241,9 +246,11 @@ def _recipes(arguments: argparse.Namespace) -> None:
     from moe_lvlm.config.load import dump_recipe, list_recipes, load_recipe, recipe_path
 
     if arguments.recipe is None:
-        for name in list_recipes():
+        names = list_recipes()
+        width = max(map(len, names))
+        for name in names:
             first_line = recipe_path(name).read_text(encoding="utf-8").partition("\n")[0]
-            print(f"{name:24} {first_line.removeprefix('#').strip()}")
+            print(f"{name:{width}}  {first_line.removeprefix('#').strip()}")
         return
     recipe = load_recipe(arguments.recipe, arguments.overrides)
     print(_run_folder(recipe) if arguments.folder else dump_recipe(recipe).rstrip())

@@ -196,3 +196,11 @@ def collate(samples: Sequence[TinySample], *, extra_padding: int = 0, side: str 
         batch["labels"][row, place] = sample.labels
     images = [sample.pixel_values for sample in samples if sample.pixel_values is not None]
     return batch | ({"pixel_values": torch.cat(images)} if images else {})
+
+
+def collate_with_facts(samples: Sequence[TinySample], *, side: str = "right") -> dict[str, Tensor]:
+    """As `collate`, with what routers of whole samples want to know: the words before the answer are the instruction,
+    and sample i is of cluster i mod 3."""
+    batch = collate(samples, side=side)
+    is_word = (batch["attention_mask"] == 1) & (batch["labels"] == -100) & (batch["input_ids"] != IMAGE_ID)
+    return batch | {"instruction_mask": is_word.long(), "cluster_ids": torch.arange(len(samples)) % 3}

@@ -132,7 +132,7 @@ def _llava(args: argparse.Namespace) -> Converted:
 def _moe_llava(args: argparse.Namespace) -> Converted:
     from moe_lvlm.conversion.moe_llava import from_moe_llava
 
-    return from_moe_llava(args.source, _original_options(args))
+    return from_moe_llava(args.source, _original_options(args), has_released_routing=args.released_routing)
 
 
 def _upcycle(args: argparse.Namespace) -> Converted:
@@ -170,6 +170,12 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text, parents=[_output_parser(), original])
         command.add_argument("source", metavar="SOURCE", help="the model's folder (safetensors or .bin shards)")
         command.set_defaults(convert=convert)
+        if name == "moe-llava":
+            command.add_argument(
+                "--released-routing",
+                action="store_true",
+                help="keep the experts' capacity, which drops tokens, and the noise on the second choice in training",
+            )
     _add_upcycle(commands)
     _add_dense(commands)
     return parser

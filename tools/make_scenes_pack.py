@@ -2,10 +2,12 @@
 
 Example:
     python tools/make_scenes_pack.py --emoji emoji --out moe_lvlm/data/packs/scenes
+    python tools/make_scenes_pack.py --only-clusters --out moe_lvlm/data/packs/scenes --encoder all-MiniLM-L6-v2/
 
 The emoji folder holds emoji_<style>_96.npz (`keys`: code points, `img`: uint8 [N, 96, 96, 4]) for twemoji, noto and
 fluent_flat, and emoji_index.json. Takes about five minutes on one core. The data come out the same for the same
-seed and library versions; the taught weights may differ in the last digits between machines.
+seed and library versions; the taught weights may differ in the last digits between machines. Clusters of instructions
+need sentence-transformers and the encoder all-MiniLM-L6-v2 (--encoder says where it lies, if no hub can be reached).
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import shutil
 import tempfile
 import zipfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +33,18 @@ from scenes_records import caption_records, make_tokenizer, test_records, text_d
 from scenes_teaching import PATCH, SpecialIds, teach_language_model, teach_tower
 from transformers import CLIPImageProcessor, PreTrainedModel
 
-from moe_lvlm.data.packs.archive import write_manifest
+from moe_lvlm.data.clustering import count_instructions, fit_clusters
+from moe_lvlm.data.encoder import DEFAULT_ENCODER, Encode, load_encoder
+from moe_lvlm.data.packs.archive import FORMAT_VERSION, MANIFEST, write_manifest
 from moe_lvlm.data.scenes import COLOURS, EMOJI, SIDE, STYLES, Scene, Sprites, compose_scene
 
-VERSION = "1"
+VERSION = "2"
 NUM_TRAIN = 6000
 NUM_TEST = 450
 WEBP_QUALITY = 85
+# The questions are of so few kinds that the paper's 128 clusters would be more than there are distinct ones.
+NUM_CLUSTERS = 8
+CLUSTERS = "clusters.safetensors"
 # of a patch's pixels: from here on it counts as showing the emoji rather than the ground
 FOREGROUND = 0.3
 LICENSES = """\
@@ -54,6 +61,10 @@ The vision tower was taught with these images. Keep these attributions wherever 
   iconify-json/fluent-emoji-flat 1.2.6. Licence: MIT, below.
 
 Backgrounds, questions, tokenizer and weights were made for moe_lvlm and are under its licence.
+
+clusters.safetensors holds means of embeddings of the questions, computed with all-MiniLM-L6-v2 by the authors of
+Sentence Transformers: https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2. Licence: Apache-2.0. The model
+itself is not in the pack.
 
 ## Fluent Emoji
 
@@ -77,11 +88,16 @@ OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR
 def main() -> None:
     arguments = _parse()
     torch.set_num_threads(1)
+    encode = load_encoder(arguments.encoder, device="cpu")  # at once: it may be missing
+    if arguments.only_clusters:
+        replace_clusters(arguments.out, encode, seed=arguments.seed)
+        print(f"wrote {arguments.out / CLUSTERS} and {MANIFEST}")
+        return
     sprites = load_sprites(arguments.emoji)
     train, test = compose(sprites, seed=arguments.seed)
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.out.parent, prefix=".making-") as scratch:
-        build(Path(scratch) / "pack", train, test, arguments)
+        build(Path(scratch) / "pack", train, test, encode, arguments)
         if arguments.out.exists():
             shutil.rmtree(arguments.out)
         (Path(scratch) / "pack").rename(arguments.out)
@@ -91,13 +107,21 @@ def main() -> None:
 
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--emoji", type=Path, required=True, help="folder with emoji_<style>_96.npz, emoji_index.json")
+    parser.add_argument("--emoji", type=Path, help="folder with emoji_<style>_96.npz, emoji_index.json")
     parser.add_argument("--out", type=Path, required=True, help="the pack's folder; an earlier pack there is replaced")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--tower-steps", type=int, default=700)
     parser.add_argument("--language-steps", type=int, default=700)
+    parser.add_argument("--encoder", default=DEFAULT_ENCODER, help="folder or hub name of all-MiniLM-L6-v2")
+    parser.add_argument(
+        "--only-clusters", action="store_true", help=f"of the pack at --out replace {CLUSTERS} only; needs no emoji"
+    )
     arguments = parser.parse_args()
-    if arguments.out.exists() and not (arguments.out / "pack.json").is_file():
+    if (arguments.emoji is None) != arguments.only_clusters:
+        parser.error("give exactly one of --emoji and --only-clusters")
+    if arguments.only_clusters and not (arguments.out / MANIFEST).is_file():
+        parser.error(f"--out {arguments.out} is no pack; --only-clusters needs one")
+    if arguments.out.exists() and not (arguments.out / MANIFEST).is_file():
         parser.error(f"--out {arguments.out} exists and is no pack; it would be deleted")
     return arguments
 
@@ -135,7 +159,9 @@ def compose(sprites: Sprites, *, seed: int) -> tuple[list[Scene], list[Scene]]:
     return ordered[:NUM_TRAIN], ordered[NUM_TRAIN:]
 
 
-def build(pack: Path, train: Sequence[Scene], test: Sequence[Scene], arguments: argparse.Namespace) -> None:
+def build(
+    pack: Path, train: Sequence[Scene], test: Sequence[Scene], encode: Encode, arguments: argparse.Namespace
+) -> None:
     """Write the whole pack into the new folder `pack`."""
     pack.mkdir()
     rng = np.random.default_rng([arguments.seed, 1])
@@ -179,7 +205,33 @@ def build(pack: Path, train: Sequence[Scene], test: Sequence[Scene], arguments: 
     )
     save_half(language_model, pack / "language_model")
     (pack / "LICENSES.md").write_text(LICENSES, encoding="utf-8")
-    write_manifest(pack, manifest_facts(records, len(train), len(test), len(tokenizer), arguments))
+    facts = manifest_facts(records, len(train), len(test), len(tokenizer), arguments)
+    write_manifest(pack, facts | {"clusters": write_clusters(pack, records, encode, seed=arguments.seed)})
+
+
+def write_clusters(pack: Path, records: Mapping[str, list[dict[str, Any]]], encode: Encode, *, seed: int) -> str:
+    """Write the table of clusters of what is trained on; returns what the manifest says of it. Test questions get the
+    cluster whose centre is nearest."""
+    counts: Counter[str] = Counter()
+    others: Counter[str] = Counter()
+    for name, rows in records.items():
+        count_instructions(rows, others if name == "test.json" else counts)
+    table = fit_clusters(counts, encode, encoder=DEFAULT_ENCODER, num_clusters=NUM_CLUSTERS, seed=seed, assigned=others)
+    table.save(pack / CLUSTERS)
+    return f"{table.num_clusters} of {len(table.ids_I)} instructions, encoded by {DEFAULT_ENCODER}"
+
+
+def replace_clusters(pack: Path, encode: Encode, *, seed: int) -> None:
+    """Write the table, the licences and the manifest of a pack that is there anew, and leave all else as it is."""
+    with zipfile.ZipFile(pack / "records.zip") as archive:
+        records = {name: json.loads(archive.read(name)) for name in archive.namelist()}
+    facts = json.loads((pack / MANIFEST).read_text(encoding="utf-8"))
+    if facts.pop("format_version") != FORMAT_VERSION:
+        raise ValueError(f"{pack / MANIFEST}: another format_version than {FORMAT_VERSION}")
+    del facts["files"]
+    (pack / "LICENSES.md").write_text(LICENSES, encoding="utf-8")
+    clusters = write_clusters(pack, records, encode, seed=seed)
+    write_manifest(pack, facts | {"version": VERSION, "clusters": clusters})
 
 
 def patch_labels(scenes: Sequence[Scene]) -> torch.Tensor:

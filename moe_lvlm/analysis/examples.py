@@ -16,7 +16,8 @@ from PIL import Image
 from torch import Tensor
 
 from moe_lvlm.analysis.measures import tail_by_site
-from moe_lvlm.routing.trace import RoutingTrace, Site
+from moe_lvlm.routing.trace import RoutingTrace
+from moe_lvlm.routing.types import Site
 
 _FORMAT = 1
 _TEXTS = ("key", "question", "answer", "prediction")

@@ -6,53 +6,16 @@ B batch   S sequence   T tokens (B x S)   E experts   K slots   R routed rows   
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from moe_lvlm.routing.ltdr import vision_tail
-from moe_lvlm.routing.trace import RoutingTrace, Site
-from moe_lvlm.routing.types import Modality, RoutingContext, RoutingDecision
+from moe_lvlm.routing.trace import RoutingTrace
+from moe_lvlm.routing.types import Modality, RoutingContext, RoutingDecision, Site
 
 #: Rows of every table by modality. Padding takes part in nothing.
 MODALITIES = (Modality.LANGUAGE, Modality.VISION)
-
-
-class TokenRouting(NamedTuple):
-    """A layer's routing, one row a token, whatever the level of the router.
-
-    probs_TE: float32, 0 at tokens that were not routed. expert_ids_TK, keep_TK: as in RoutingDecision.
-    """
-
-    probs_TE: Tensor
-    expert_ids_TK: Tensor
-    keep_TK: Tensor
-
-
-def token_routing(decision: RoutingDecision, sample_T: Tensor) -> TokenRouting:
-    """A decision by token: a sample-level decision is repeated for every token of its sample.
-
-    Args:
-        sample_T: index of the sample that a token belongs to, negative at padding.
-
-    Raises:
-        ValueError: a token-level decision has another number of rows than there are tokens.
-    """
-    if decision.level == "sample":
-        routed_T = sample_T >= 0
-        row_T = sample_T.clamp(min=0).long()
-        return TokenRouting(
-            decision.probs_RE[row_T] * routed_T[:, None],
-            decision.expert_ids_RK[row_T],
-            decision.keep_RK[row_T] & routed_T[:, None],
-        )
-    if decision.probs_RE.shape[0] != sample_T.shape[0]:
-        raise ValueError(
-            f"the decision has {decision.probs_RE.shape[0]} rows and the context {sample_T.shape[0]} tokens; "
-            "a token-level decision needs one row a token"
-        )
-    return TokenRouting(decision.probs_RE, decision.expert_ids_RK, decision.keep_RK)
 
 
 def routing_entropy(probs_RE: Tensor) -> Tensor:
@@ -69,14 +32,31 @@ def tail_flags(probs_TE: Tensor, context: RoutingContext) -> Tensor:
     return vision_tail(probs_TE, context, scope="image")
 
 
-def expert_load(routing: TokenRouting, modality_T: Tensor) -> Tensor:
-    """Assignments kept, by modality and expert: int64 [M, E], rows as in MODALITIES."""
-    num_experts = routing.probs_TE.shape[-1]
+def expert_load(routing: RoutingDecision, modality_T: Tensor) -> Tensor:
+    """Assignments kept, by modality and expert: int64 [M, E], rows as in MODALITIES. routing: a row a token."""
+    return _count_slots(routing, routing.keep_RK, modality_T)
+
+
+def dropped_load(routing: RoutingDecision, modality_T: Tensor) -> Tensor:
+    """Assignments dropped for want of capacity, by modality and expert, as `expert_load`; 0 where nothing ever is."""
+    dropped_TK = torch.zeros_like(routing.keep_RK) if routing.dropped_RK is None else routing.dropped_RK
+    return _count_slots(routing, dropped_TK, modality_T)
+
+
+def conflict_load(routing: RoutingDecision, modality_T: Tensor) -> Tensor:
+    """Assignments in conflict (STGC), by modality and expert, as `expert_load`: to be counted after the backward pass,
+    which finds them. 0 where nobody asks."""
+    conflict_TK = torch.zeros_like(routing.keep_RK) if routing.conflict_RK is None else routing.conflict_RK
+    return _count_slots(routing, conflict_TK, modality_T)
+
+
+def _count_slots(routing: RoutingDecision, counted_TK: Tensor, modality_T: Tensor) -> Tensor:
+    num_experts = routing.probs_RE.shape[-1]
     load_ME = torch.zeros(len(MODALITIES), num_experts, dtype=torch.int64, device=modality_T.device)
-    expert_A = routing.expert_ids_TK.flatten()
+    expert_A = routing.expert_ids_RK.flatten()
     for row, modality in enumerate(MODALITIES):
-        kept_TK = routing.keep_TK & (modality_T == int(modality))[:, None]
-        load_ME[row].index_add_(0, expert_A, kept_TK.flatten().long())
+        of_modality_TK = counted_TK & (modality_T == int(modality))[:, None]
+        load_ME[row].index_add_(0, expert_A, of_modality_TK.flatten().long())
     return load_ME
 
 
@@ -93,19 +73,21 @@ def tail_by_site(trace: RoutingTrace, image: int) -> dict[Site, Tensor]:
         raise ValueError(f"image {image}: not in this trace's batch; allowed: 0 to {highest}")
     flags = {}
     for site, decision in trace.items():
-        routing = token_routing(decision, context.sample_T)
-        flags[site] = tail_flags(routing.probs_TE, context)[of_image_T].cpu()
+        flags[site] = tail_flags(decision.by_token(context).probs_RE, context)[of_image_T].cpu()
     return flags
 
 
 class LoadCounter:
-    """Expert load and tail tokens over some micro-batches, in integers that ranks can add up.
+    """Expert load, dropped and conflicting assignments and tail tokens over some micro-batches, in integers that ranks
+    can add up. Conflicts are there after a micro-batch's backward pass only.
 
     Everything stays on the device until `summary`. To sum over ranks: all-reduce each of `tensors()` in place.
     """
 
     def __init__(self) -> None:
         self._load: dict[Site, Tensor] = {}
+        self._dropped: dict[Site, Tensor] = {}
+        self._conflicts: dict[Site, Tensor] = {}
         self._tail: dict[Site, Tensor] = {}
 
     def update(self, trace: RoutingTrace) -> None:
@@ -113,39 +95,53 @@ class LoadCounter:
         context = trace.context
         vision = (context.modality_T == int(Modality.VISION)).sum()
         for site, decision in trace.items():
-            routing = token_routing(decision, context.sample_T)
-            load_ME = expert_load(routing, context.modality_T)
-            tail = tail_flags(routing.probs_TE, context).sum()
-            tail_and_vision = torch.stack((tail, vision))
-            if site in self._load:
-                self._load[site] += load_ME
-                self._tail[site] += tail_and_vision
-            else:
-                self._load[site], self._tail[site] = load_ME, tail_and_vision
+            routing = decision.by_token(context)
+            tail = tail_flags(routing.probs_RE, context).sum()
+            _add(self._load, site, expert_load(routing, context.modality_T))
+            _add(self._tail, site, torch.stack((tail, vision)))
+            if routing.dropped_RK is not None:
+                _add(self._dropped, site, dropped_load(routing, context.modality_T))
+            if routing.conflict_RK is not None:
+                _add(self._conflicts, site, conflict_load(routing, context.modality_T))
 
     def tensors(self) -> Iterable[Tensor]:
         """The counts, in the order in which layers were passed: the same on every rank."""
         yield from self._load.values()
+        yield from self._dropped.values()
+        yield from self._conflicts.values()
         yield from self._tail.values()
 
     def summary(self) -> dict[str, dict | None]:
-        """For the training log: `{"expert_load": {layer: {modality: [E counts]}}, "tail_share": {layer: share}}`.
+        """For the training log: `{"expert_load": {layer: {modality: [E counts]}}, "tail_share": {layer: share}}`, and
+        `"dropped"` as expert_load where a capacity is set, `"conflicts"` likewise where the router looks for them.
 
         Layers are strings as JSON has them ("0"; sites outside the language model are "part.layer"). Without a MoE
         layer both are None; without a vision token `tail_share` is.
         """
         if not self._load:
             return {"expert_load": None, "tail_share": None}
-        loads, shares = {}, {}
-        for site, load_ME in self._load.items():
-            rows = load_ME.tolist()
-            loads[site_name(site)] = {
-                modality.name.lower(): row for modality, row in zip(MODALITIES, rows, strict=True)
-            }
-            tail, vision = self._tail[site].tolist()
-            if vision:
-                shares[site_name(site)] = tail / vision
-        return {"expert_load": loads, "tail_share": shares or None}
+        shares = {
+            site_name(site): tail / vision
+            for site, (tail, vision) in ((site, both.tolist()) for site, both in self._tail.items())
+            if vision
+        }
+        found: dict[str, dict | None] = {"expert_load": _by_layer(self._load), "tail_share": shares or None}
+        optional = {"dropped": self._dropped, "conflicts": self._conflicts}
+        return found | {name: _by_layer(counts) for name, counts in optional.items() if counts}
+
+
+def _add(sums: dict[Site, Tensor], site: Site, counts: Tensor) -> None:
+    sums[site] = counts if site not in sums else sums[site] + counts
+
+
+def _by_layer(counts: dict[Site, Tensor]) -> dict[str, dict[str, list[int]]]:
+    """{layer: {modality: [E counts]}}"""
+    return {
+        site_name(site): {
+            modality.name.lower(): row for modality, row in zip(MODALITIES, counts_ME.tolist(), strict=True)
+        }
+        for site, counts_ME in counts.items()
+    }
 
 
 def site_name(site: Site) -> str:

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from moe_lvlm.analysis import plots
+from moe_lvlm.analysis.measures import MODALITIES, site_name
 from moe_lvlm.analysis.plots.style import spread
 from moe_lvlm.analysis.run_folder import Prediction, RunFolder
 
@@ -87,6 +88,8 @@ def write_report(run: str | Path) -> Path:
         training=_training_pictures(folder, report),
         accuracy=_accuracy_picture(folder, report),
         routing=_routing_pictures(folder, report),
+        dropped=_dropped_rows(folder),
+        adaptations=_adaptation_rows(folder),
         agreement=_agreement_pictures(folder, report),
         cards=_cards(folder, report),
         has_predictions=bool(folder.predictions),
@@ -158,6 +161,35 @@ def _routing_pictures(folder: RunFolder, report: Path) -> list[Picture]:
     )
 
 
+def _dropped_rows(folder: RunFolder) -> list[tuple[str, list[str]]]:
+    """(layer, share of assignments dropped in evaluation, by modality as in MODALITIES), where a capacity is set."""
+    if folder.routing is None or (folder.recipe.get("moe") or {}).get("capacity_factor") is None:
+        return []
+    return [
+        (
+            site_name(site),
+            [
+                "" if (share := values.dropped_share(modality)) is None else f"{100 * share:.2f} %"
+                for modality in MODALITIES
+            ],
+        )
+        for site, values in folder.routing.items()
+    ]
+
+
+def _adaptation_rows(folder: RunFolder) -> list[tuple[str, int, int, int, int]]:
+    """(layer, experts active at last, added, dropped, times looked) of the router that adapts its experts. After a resume
+    the later record of a step is the one that counts."""
+    events = {(event["stage"], event["step"]): event["layers"] for event in folder.events("experts")}
+    rows: dict[str, tuple[str, int, int, int, int]] = {}
+    for layers in events.values():
+        for layer, now in layers.items():
+            _, _, added, dropped, looked = rows.get(layer, ("", 0, 0, 0, 0))
+            changes = added + len(now["added"]), dropped + len(now["removed"])
+            rows[layer] = (layer, now["active"], *changes, looked + 1)
+    return list(rows.values())
+
+
 def _agreement_pictures(folder: RunFolder, report: Path) -> list[Picture]:
     agreement = None if folder.routing is None else plots.foreground_agreement(folder.routing)
     return _picture(
@@ -202,6 +234,11 @@ def _thumbnail(folder: RunFolder, record: Prediction, target: Path) -> str | Non
     return target.name
 
 
+def _choice(moe: dict[str, Any]) -> str:
+    is_dynamic = (moe.get("router") or {}).get("kind") == "dynamic"
+    return "any number a token" if is_dynamic else f"top {moe.get('top_k')}"
+
+
 def _settings(recipe: dict[str, Any]) -> list[tuple[str, str]]:
     """Rows of the table of settings: those that the recipe has."""
     model, moe = recipe.get("model") or {}, recipe.get("moe") or {}
@@ -212,7 +249,7 @@ def _settings(recipe: dict[str, Any]) -> list[tuple[str, str]]:
     rows += [(title, _part(model.get(key))) for title, key in _PARTS]
     if is_upcycled:
         rows += [
-            ("Experts", f"{moe.get('num_experts')}, top {moe.get('top_k')}, layers: {_text(moe.get('layers'))}"),
+            ("Experts", f"{moe.get('num_experts')}, {_choice(moe)}, layers: {_text(moe.get('layers'))}"),
             ("Router", _router(router)),
             ("Balance loss", f"{balance.get('coefficient')} on {_text(balance.get('on')) or 'nothing'}"),
         ]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,16 +15,24 @@ from moe_lvlm.analysis.examples import ExampleStore, RoutingExample
 from moe_lvlm.analysis.statistics import RoutingStatistics
 
 _PREDICTION_KEYS = ("key", "task", "image", "question", "prediction", "answer", "correct")
+_SCORE_KEYS = ("accuracy", "majority", "n")
 
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """Accuracy of one task beside that of always giving the most frequent answer."""
+    """Accuracy of one task beside that of always giving the most frequent answer. details: further numbers of the
+    task's metric, by name; `category/name` belongs to one category."""
 
     task: str
     accuracy: float
     majority: float
     n: int
+    details: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def further(self) -> list[tuple[str, str]]:
+        """`details` as `further_numbers` puts it."""
+        return further_numbers(self.details)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,11 +102,19 @@ class RunFolder:
         metrics = _parse(path.read_text(encoding="utf-8"), where=str(path))
         try:
             return [
-                Score(task, float(row["accuracy"]), float(row["majority"]), int(row["n"]))
+                Score(
+                    task,
+                    float(row["accuracy"]),
+                    float(row["majority"]),
+                    int(row["n"]),
+                    {name: float(value) for name, value in row.items() if name not in _SCORE_KEYS},
+                )
                 for task, row in metrics.get("eval", {}).items()
             ]
         except KeyError as error:
             raise ValueError(f"{path}: a score without {error}; each needs accuracy, majority and n") from error
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: a score that is not all numbers ({error})") from error
 
     @cached_property
     def predictions(self) -> list[Prediction]:
@@ -157,6 +173,17 @@ class RunFolder:
 
     def _evaluated(self, name: str) -> list[Path]:
         return sorted(self.path.glob(f"eval/*/{name}"))
+
+
+def further_numbers(details: Mapping[str, float]) -> list[tuple[str, str]]:
+    """Numbers in words, for a table: ("", those of the whole task), then (category, its own) in turn. Shares have three
+    decimals, larger numbers one."""
+    texts: dict[str, list[str]] = {"": []}
+    for key, value in details.items():
+        category, _, name = key.rpartition("/")
+        shown = f"{value:.3f}" if abs(value) <= 1 else f"{value:.1f}"
+        texts.setdefault(category, []).append(f"{name.replace('_', ' ')} {shown}")
+    return [(category, ", ".join(numbers)) for category, numbers in texts.items()]
 
 
 def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -5,6 +5,7 @@ M modalities (language, vision)   E experts   H histogram bins   T tokens
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,22 +18,24 @@ from numpy.typing import NDArray
 from moe_lvlm.analysis.foreground import area_under_curve
 from moe_lvlm.analysis.measures import (
     MODALITIES,
+    dropped_load,
     expert_load,
     routing_entropy,
     tail_flags,
-    token_routing,
 )
 from moe_lvlm.routing.ltdr import routing_probability_variance
-from moe_lvlm.routing.trace import RoutingTrace, Site
-from moe_lvlm.routing.types import Modality, RoutingContext, RoutingDecision
+from moe_lvlm.routing.trace import RoutingTrace
+from moe_lvlm.routing.types import Modality, RoutingContext, RoutingDecision, Site
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
 Foreground = Sequence[NDArray[np.floating] | None]
 
 NUM_BINS = 2000
-_FORMAT = 1
-_ARRAYS = ("load", "tokens", "histogram", "rpv_sum", "entropy_sum", "agreement", "auc")
+_FORMAT = 2
+_ARRAYS = ("load", "dropped", "tokens", "histogram", "rpv_sum", "tail_rpv_sum", "entropy_sum", "agreement", "auc")
+# Files of format 1 lack them. What they hold was dropless, but their tails' RPV is unknown, not 0.
+_SINCE_2 = ("dropped", "tail_rpv_sum")
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,16 +61,19 @@ class Agreement:
 class SiteStatistics:
     """Sums of one layer; the arrays are added to in place.
 
-    load: int64 [M, E], assignments kept. tokens: int64 [M + 1], routed tokens by modality, then tail tokens.
+    load: int64 [M, E], assignments kept. dropped: the same of those that found no room (capacity). tokens: int64 [M + 1], routed tokens by modality, then tail tokens.
     histogram: int64 [M, H], RPV of tokens. rpv_sum, entropy_sum: float64 [M].
+    tail_rpv_sum: float64 [1], over tail tokens; nan if it was read from a file of format 1, which does not hold it.
     agreement: int64 [4], tokens with known foreground: all, tail, foreground, both.
     auc: float64 [3], sum over images, images counted in it, images with known foreground.
     """
 
     load: IntArray
+    dropped: IntArray
     tokens: IntArray
     histogram: IntArray
     rpv_sum: FloatArray
+    tail_rpv_sum: FloatArray
     entropy_sum: FloatArray
     agreement: IntArray
     auc: FloatArray
@@ -78,9 +84,11 @@ class SiteStatistics:
         modalities = len(MODALITIES)
         return SiteStatistics(
             load=np.zeros((modalities, num_experts), dtype=np.int64),
+            dropped=np.zeros((modalities, num_experts), dtype=np.int64),
             tokens=np.zeros(modalities + 1, dtype=np.int64),
             histogram=np.zeros((modalities, NUM_BINS), dtype=np.int64),
             rpv_sum=np.zeros(modalities),
+            tail_rpv_sum=np.zeros(1),
             entropy_sum=np.zeros(modalities),
             agreement=np.zeros(4, dtype=np.int64),
             auc=np.zeros(3),
@@ -104,6 +112,23 @@ class SiteStatistics:
     def mean_rpv(self, modality: Modality) -> float | None:
         """Mean routing probability variance of a modality's tokens, or None without one."""
         return self._mean(self.rpv_sum, modality)
+
+    def dropped_share(self, modality: Modality) -> float | None:
+        """Share of a modality's assignments that found no room, or None without one."""
+        row = MODALITIES.index(modality)
+        dropped = int(self.dropped[row].sum())
+        chosen = dropped + int(self.load[row].sum())
+        return dropped / chosen if chosen else None
+
+    @property
+    def mean_tail_rpv(self) -> float | None:
+        """Mean RPV of vision tail tokens (LTDR figure 5), or None without one, or if the file does not hold it."""
+        return _known_ratio(float(self.tail_rpv_sum[0]), int(self.tokens[2]))
+
+    @property
+    def mean_head_rpv(self) -> float | None:
+        """Mean RPV of the other vision tokens, or None as for `mean_tail_rpv`."""
+        return _known_ratio(float(self.rpv_sum[1] - self.tail_rpv_sum[0]), int(self.tokens[1] - self.tokens[2]))
 
     def mean_entropy(self, modality: Modality) -> float | None:
         """Mean routing entropy of a modality's tokens in nats, or None without one."""
@@ -129,6 +154,10 @@ class SiteStatistics:
             num_tokens=tokens,
             num_images=int(images),
         )
+
+
+def _known_ratio(total: float, count: int) -> float | None:
+    return total / count if count and not math.isnan(total) else None
 
 
 def highest_variance(num_experts: int) -> float:
@@ -189,12 +218,13 @@ class RoutingStatistics:
         context: RoutingContext,
         targets: list[tuple[NDArray[np.intp], NDArray[np.floating]]],
     ) -> None:
-        routing = token_routing(decision, context.sample_T)
-        rpv_T = routing_probability_variance(routing.probs_TE)
-        tail_T = tail_flags(routing.probs_TE, context)
+        routing = decision.by_token(context)
+        rpv_T = routing_probability_variance(routing.probs_RE)
+        tail_T = tail_flags(routing.probs_RE, context)
         statistics.load[:] += expert_load(routing, context.modality_T).cpu().numpy()
+        statistics.dropped[:] += dropped_load(routing, context.modality_T).cpu().numpy()
         modality = context.modality_T.cpu().numpy()
-        rpv, entropy = rpv_T.cpu().numpy(), routing_entropy(routing.probs_TE).cpu().numpy()
+        rpv, entropy = rpv_T.cpu().numpy(), routing_entropy(routing.probs_RE).cpu().numpy()
         tail = tail_T.cpu().numpy()
         for row, kind in enumerate(MODALITIES):
             chosen = modality == int(kind)
@@ -203,6 +233,7 @@ class RoutingStatistics:
             statistics.entropy_sum[row] += entropy[chosen].sum(dtype=np.float64)
             statistics.histogram[row] += _histogram(rpv[chosen], statistics.num_experts)
         statistics.tokens[len(MODALITIES)] += int(tail.sum())
+        statistics.tail_rpv_sum[0] += rpv[tail].sum(dtype=np.float64)
         for index, fraction in targets:
             is_foreground = fraction >= self.foreground_threshold
             both = int((tail[index] & is_foreground).sum())
@@ -242,18 +273,21 @@ class RoutingStatistics:
 
     @staticmethod
     def from_npz(path: str | Path) -> RoutingStatistics:
-        """Read what `to_npz` wrote.
+        """Read what `to_npz` wrote, or wrote before there were `dropped` and `tail_rpv_sum` (format 1).
 
         Raises:
             ValueError: the file is none of ours, or of another format version.
         """
         with np.load(path, allow_pickle=False) as arrays:
             version = int(arrays["format"]) if "format" in arrays else None
-            if version != _FORMAT or "layer" not in arrays:
-                raise ValueError(f"{path}: routing statistics of format {version}; allowed: {_FORMAT}")
+            if version not in (1, _FORMAT) or "layer" not in arrays:
+                raise ValueError(f"{path}: routing statistics of format {version}; allowed: 1 and {_FORMAT}")
             result = RoutingStatistics(foreground_threshold=float(arrays["foreground_threshold"]))
             for index, (part, layer) in enumerate(zip(arrays["part"], arrays["layer"], strict=True)):
-                values = {name: arrays[f"{index}.{name}"] for name in _ARRAYS}
+                held = [name for name in _ARRAYS if version == _FORMAT or name not in _SINCE_2]
+                values = {name: arrays[f"{index}.{name}"] for name in held}
+                if version == 1:
+                    values |= {"dropped": np.zeros_like(values["load"]), "tail_rpv_sum": np.full(1, math.nan)}
                 result._sites[Site(str(part), int(layer))] = SiteStatistics(**values)
         return result
 

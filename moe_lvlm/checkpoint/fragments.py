@@ -108,6 +108,24 @@ class LiveTraining:
         for name, buffer in persistent_buffers(self.model):
             yield _whole(name, "weight", buffer)
 
+    def write_rows(self, rows: Mapping[tuple[str, Kind], Mapping[int, Tensor | None]]) -> None:
+        """Overwrite rows (of the first dimension) of logical tensors where this rank holds elements of them.
+
+        rows: by name and kind, the row's values (of the shape of a row, the same on every rank), or None for zeros. A
+        tensor that is nowhere, such as a moment before the first step, is passed over. `refresh` comes afterwards.
+        """
+        for fragment in self.fragments():
+            size = math.prod(fragment.shape[1:])
+            for row, values in rows.get((fragment.name, fragment.kind), {}).items():
+                first, last = max(fragment.start, row * size), min(fragment.stop, (row + 1) * size)
+                if first >= last:
+                    continue
+                target = fragment.tensor[first - fragment.start : last - fragment.start]
+                if values is None:
+                    target.zero_()
+                else:
+                    target.copy_(values.reshape(-1)[first - row * size : last - row * size])
+
     def learning_rates(self) -> dict[str, float]:
         """By parameter name, since groups differ from one topology to the next."""
         names = self.names()

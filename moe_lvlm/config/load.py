@@ -4,75 +4,46 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from moe_lvlm.config.errors import RecipeError, did_you_mean, one_line, shown
+from moe_lvlm.config.files import as_plain, list_recipes, recipe_path
+from moe_lvlm.config.layers import KeyPath, Layers, read_layers
 from moe_lvlm.config.recipe import Recipe
 from moe_lvlm.config.yaml_text import dump_yaml, parse_yaml
 
-RECIPES = Path(__file__).resolve().parents[1] / "recipes"
-_FRAGMENTS = "scales"  # overlays, no recipes of their own
-
-
-class RecipeError(ValueError):
-    """A mistake in a recipe, an override or a DeepSpeed file. Says where it stands, what it is, and what is allowed."""
-
-
-def list_recipes() -> list[str]:
-    """Names of the recipes that the package ships, such as `quickstart`."""
-    names = (path.relative_to(RECIPES).with_suffix("").as_posix() for path in RECIPES.rglob("*.yaml"))
-    return sorted(name for name in names if not name.startswith(f"{_FRAGMENTS}/"))
-
-
-def recipe_path(name_or_path: str | Path) -> Path:
-    """The file of a recipe: a name from `list_recipes`, or the path of a file that ends in .yaml or .yml.
-
-    Raises:
-        RecipeError: there is no such recipe or file.
-    """
-    text = str(name_or_path)
-    if Path(text).suffix in (".yaml", ".yml"):
-        if not Path(text).is_file():
-            raise RecipeError(f"{text}: no such file; allowed: a YAML file, or one of {', '.join(list_recipes())}")
-        return Path(text)
-    if text not in list_recipes():
-        raise RecipeError(
-            f"unknown recipe {text!r}{did_you_mean(text, list_recipes())}; "
-            f"allowed: {', '.join(list_recipes())}, or the path of a file that ends in .yaml"
-        )
-    return RECIPES / f"{text}.yaml"
+__all__ = ["RecipeError", "did_you_mean", "dump_recipe", "list_recipes", "load_recipe", "recipe_path"]
 
 
 def load_recipe(name_or_path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a recipe and apply overrides.
+    """Read a recipe with all that it extends, lay its scale over it (`config/layers.py`), and apply overrides.
 
     Args:
         name_or_path: a name from `list_recipes`, or the path of a YAML file.
         overrides: `key=value`, the key with dots (`train.precision=fp32`, `stages.0.steps=20`), the value as YAML.
+            `scale=tiny` takes the place of the recipe's own scale; the other overrides are laid over it.
 
     Raises:
         RecipeError: every problem of the recipe in a line of its own: where, the key's path, the value, what is allowed.
     """
     path = recipe_path(name_or_path)
-    try:
-        data = parse_yaml(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: {_one_line(error)}") from error
-    if not isinstance(data, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping of keys to values, this is {_shown(data)}")
-    sources = {_apply(data, override): f"override {override!r}" for override in overrides}
+    settings = [_parse(override) for override in overrides]
+    scales = [(setting.value, setting.where) for setting in settings if setting.keys == ("scale",)]
+    layers = read_layers(path, scales[-1] if scales else None)
+    for setting in settings:
+        if setting.keys != ("scale",):
+            _apply(setting, layers)
     try:
         # JSON mode, strictly: lists become tuples, but "20" is no number and 1 is no boolean.
-        return Recipe.model_validate_json(json.dumps(data), strict=True)
+        return Recipe.model_validate_json(json.dumps(layers.data), strict=True)
     except ValidationError as error:
-        raise RecipeError("\n".join(_describe(error, data, str(path), sources))) from error
-    except (TypeError, ValueError) as error:
-        raise RecipeError(f"{path}: only text, numbers, true, false, null, lists and mappings: {error}") from error
+        raise RecipeError("\n".join(_describe(error, layers, str(path)))) from error
 
 
 def dump_recipe(recipe: Recipe) -> str:
@@ -80,77 +51,76 @@ def dump_recipe(recipe: Recipe) -> str:
     return dump_yaml(recipe.model_dump(mode="json"))
 
 
-def did_you_mean(word: str, allowed: Sequence[str]) -> str:
-    """`, did you mean 'x'?` for the nearest allowed word, or nothing."""
-    near = get_close_matches(word, allowed, n=1, cutoff=0.6)
-    return f", did you mean {near[0]!r}?" if near else ""
+@dataclass(frozen=True, slots=True)
+class _Override:
+    """`key=value`. keys: the parts of the key. where: how an error about it begins."""
+
+    keys: tuple[str, ...]
+    value: Any
+    where: str
 
 
-def _apply(data: dict[str, Any], override: str) -> tuple[str | int, ...]:
-    """Write an override into the data. Returns the key's path."""
+def _parse(override: str) -> _Override:
+    where = f"override {override!r}"
     key, equals, text = override.partition("=")
-    parts = key.strip().split(".")
-    if not equals or not all(parts):
-        raise RecipeError(f"override {override!r}: write key=value, such as train.precision=fp32 or stages.0.steps=20")
+    keys = tuple(key.strip().split("."))
+    if not equals or not all(keys):
+        raise RecipeError(f"{where}: write key=value, such as train.precision=fp32 or stages.0.steps=20")
     try:
         value = parse_yaml(text)
     except yaml.YAMLError as error:
-        raise RecipeError(f"override {override!r}: the value is not YAML: {_one_line(error)}") from error
-    node: Any = data
-    path: list[str | int] = []
-    for position, part in enumerate(parts):
-        step = _step(node, part, path, override)
-        path.append(step)
-        if position == len(parts) - 1:
-            node[step] = value
-        elif isinstance(node, dict) and node.get(str(step)) is None:
-            node[step] = {}
+        raise RecipeError(f"{where}: the value is not YAML: {one_line(error)}") from error
+    return _Override(keys, as_plain(value, where), where)
+
+
+def _apply(override: _Override, layers: Layers) -> None:
+    """Write an override over the files."""
+    node: Any = layers.data
+    path: KeyPath = ()
+    for key in override.keys[:-1]:
+        step = _step(node, key, path, override.where)
+        path = (*path, step)
+        if isinstance(node, dict) and node.get(key) is None:
+            node[key] = {}
+            layers.note(path, override.where)
         node = node[step]
-    return tuple(path)
+    step = _step(node, override.keys[-1], path, override.where)
+    node[step] = override.value
+    layers.note((*path, step), override.where)
 
 
-def _step(node: Any, part: str, path: Sequence[str | int], override: str) -> str | int:
+def _step(node: Any, part: str, path: KeyPath, where: str) -> str | int:
     """The key or index that a part of an override's key means at this place."""
     here = ".".join(map(str, path))
     if isinstance(node, dict):
         return part
     if not isinstance(node, list):
-        raise RecipeError(f"override {override!r}: {here} is {_shown(node)}, it has no key {part!r}")
+        raise RecipeError(f"{where}: {here} is {shown(node)}, it has no key {part!r}")
     if not part.isdecimal() or int(part) >= len(node):
-        raise RecipeError(f"override {override!r}: {here} is a list; allowed after it: an index, 0 to {len(node) - 1}")
+        raise RecipeError(f"{where}: {here} is a list; allowed after it: an index, 0 to {len(node) - 1}")
     return int(part)
 
 
-def _describe(
-    error: ValidationError, data: dict[str, Any], file: str, sources: Mapping[tuple[str | int, ...], str]
-) -> list[str]:
-    """One readable line for each key with a problem."""
-    problems: dict[tuple[str | int, ...], list[str]] = {}
+def _describe(error: ValidationError, layers: Layers, file: str) -> list[str]:
+    """One readable line for each key with a problem, which begins with the file or override that it is from."""
+    problems: dict[KeyPath, list[str]] = {}
     items = error.errors(include_url=False)
     for item in items:
         if item["type"] == "too_short" and any(other["loc"][:-1][: len(item["loc"])] == item["loc"] for other in items):
             continue  # pydantic counts only the members that passed; their own lines say what is wrong
-        path = _key_path(item["loc"], data, is_missing=item["type"] == "missing")
+        path = _key_path(item["loc"], layers.data, is_missing=item["type"] == "missing")
         text = _problem(item)
         if match := re.match(r"([a-z_]+(?:\.[a-z_]+)*): ", text):  # our own validators begin with the key they mean
             path, text = (*path, *match[1].split(".")), text[match.end() :]
         problems.setdefault(path, []).append(text)
     lines = []
     for path, texts in problems.items():
-        source = next((text for key, text in sources.items() if _is_about(path, key)), file)
+        source = layers.source(path) or file
         lines.append(": ".join(filter(None, (source, ".".join(map(str, path)), "; or: ".join(dict.fromkeys(texts))))))
     return lines
 
 
-def _is_about(path: tuple[str | int, ...], key: tuple[str | int, ...]) -> bool:
-    """Whether a problem at `path` comes from an override of `key`: at it, below it, or at an unknown key above it."""
-    length = min(len(path), len(key))
-    return (
-        length > 0 and path[:length] == key[:length] and (len(path) >= len(key) or path[0] not in Recipe.model_fields)
-    )
-
-
-def _key_path(loc: tuple[str | int, ...], data: Any, *, is_missing: bool) -> tuple[str | int, ...]:
+def _key_path(loc: KeyPath, data: Any, *, is_missing: bool) -> KeyPath:
     """A location of pydantic's without the names of union members, which are no keys of the file."""
     path: list[str | int] = []
     node = data
@@ -180,7 +150,7 @@ def _problem(item: Any) -> str:
     if item["type"] == "union_tag_not_found":
         return f"kind: this key is missing; it says which of {', '.join(_kinds(loc))} the other keys are for"
     hint = " (write true or false)" if item["type"] == "bool_type" else ""
-    return f"{_shown(item['input'])}; {_in_yaml_words(item['msg'])}{hint}"
+    return f"{shown(item['input'])}; {_in_yaml_words(item['msg'])}{hint}"
 
 
 def _in_yaml_words(message: str) -> str:
@@ -220,17 +190,3 @@ def _kinds(loc: Sequence[str | int]) -> list[str]:
 
 def _allowed_keys(loc: Sequence[str | int]) -> list[str]:
     return list(dict.fromkeys(name for model in _settings(loc) for name in model.model_fields))
-
-
-def _shown(value: Any) -> str:
-    """A value in an error, cut to a line."""
-    text = "null" if value is None else repr(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
-
-
-def _one_line(error: Exception) -> str:
-    """An error of PyYAML without its excerpt: the problem and the line."""
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark is not None:
-        mark = error.problem_mark
-        return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
-    return " ".join(str(error).split())

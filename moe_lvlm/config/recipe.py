@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -89,12 +90,38 @@ class SourceSettings(Settings):
     image_root: str | None = None
 
 
+class TaskTypeSettings(Settings):
+    """A rule that labels samples by task, for the router `task`; of a list of rules the first that fits counts.
+
+    label: the task's number, 0, 1, ... What is given must all fit: `instruction`, a regular expression searched for in
+    the human turns; `image`, one searched for in the image's path; `task`, the record's own task; `dataset`, the
+    source's name. A rule that gives none of them fits every sample.
+    """
+
+    label: int = Field(ge=0)
+    instruction: str | None = None
+    image: str | None = None
+    task: str | None = None
+    dataset: str | None = None
+
+    @field_validator("instruction", "image")
+    @classmethod
+    def _check_pattern(cls, pattern: str | None) -> str | None:
+        try:
+            re.compile(pattern or "")
+        except re.error as error:
+            raise ValueError(f"no regular expression: {error}; allowed: what Python's re takes") from error
+        return pattern
+
+
 class DataSettings(Settings):
     """What is read and how it becomes tokens.
 
     template: `chat` renders the conversation with the chat template, loss on the answers; `plain` is LLaVA's stage I:
         the images followed by the caption, loss on the caption.
     chat_template: `tokenizer` (its own), `vicuna_v1`, or the path of a Jinja file.
+    task_types: rules that label samples by task; a sample that none fits has no label.
+    clusters: a table of instruction clusters, as `tools/fit_clusters.py` writes it; for the router `cluster`.
     bad_sample_limit: share of records that may be bad (skipped, counted, listed in the run's bad_samples.jsonl)
         before the run stops.
     """
@@ -103,6 +130,8 @@ class DataSettings(Settings):
     mixture: tuple[SourceSettings, ...] = ()
     template: Template = "chat"
     chat_template: str = "tokenizer"
+    task_types: tuple[TaskTypeSettings, ...] = ()
+    clusters: str | None = None
     max_length: int = Field(default=2048, ge=8)
     bad_sample_limit: float = Field(default=0.001, ge=0, le=1)
     num_workers: int = Field(default=0, ge=0)
@@ -172,8 +201,8 @@ class ParallelSettings(Settings):
 class StageSettings(Settings):
     """What is trained, on which data, for how long.
 
-    train: parts by name (connector, language_model, vision_tower, moe, router, experts, dense_ffn), or
-        `re:<regular expression>` on parameter names.
+    train: parts by name (connector, language_model, vision_tower, moe, router, experts, dense_ffn; released: what
+        MoE-LLaVA's code trains in stage III), or `re:<regular expression>` on parameter names.
     upcycle: the stage begins by turning the dense model into the recipe's MoE model.
     steps or epochs: exactly one.
     micro_batch: samples of one forward pass; global_batch: samples of a step, a multiple of it.
@@ -203,13 +232,15 @@ class StageSettings(Settings):
 class TaskSettings(Settings):
     """One evaluation set: records in the LLaVA layout whose `task` names the score they count for.
 
-    metric: `exact_match` compares the normalised answer with the record's.
+    metric: `exact_match` compares the normalised answer with the record's; `choice` the letter that it chooses; `vqa`
+        gives VQA accuracy over the record's ten `answers`; `yes_no` is POPE's rule, with precision, recall and F1; `mme`
+        MME's, with its scores by `category`. docs/evaluation.md says what records hold for each.
     """
 
     name: str
     path: str
     image_root: str | None = None
-    metric: Literal["exact_match"] = "exact_match"
+    metric: Literal["exact_match", "choice", "vqa", "yes_no", "mme"] = "exact_match"
     max_new_tokens: int = Field(default=16, ge=1)
     limit: int | None = Field(default=None, ge=1)
 

@@ -76,13 +76,13 @@ def merge_experts(config: MoELlavaConfig, source: WeightSource, merge: Merge) ->
     """Each layer's experts as one FFN of the width that they were cut from.
 
     Slice j of the FFN is the mean of the experts j, j + m, j + 2m, ... (m = fine_grained), or the one of them that
-    `merge` picks: rows of gate and up, columns of down. The down biases of the slices are added up, since each has its
+    `merge` picks: rows of gate and up, columns of down. Experts that the router `dynamic` has dropped take no part. The down biases of the slices are added up, since each has its
     share. Means are exact where the experts are equal, so that upcycling and then this gives the dense weights back
     (biases too where m is a power of two). Routers are left out.
 
     Raises:
         ValueError: the model is dense, has shared experts (their sum with routed ones is an FFN of another width), or
-            `merge` picks a group that it has not.
+            `merge` picks a group that it has not, or whose experts were dropped.
     """
     moe = config.moe_config
     if moe is None:
@@ -116,7 +116,10 @@ class _ExpertReader:
 
     def __init__(self, source: WeightSource, prefix: str, moe: MoEConfig, merge: Merge) -> None:
         self._source, self._prefix, self._merge = source, prefix, merge
-        self._num_experts, self._fine_grained = moe.num_experts, moe.fine_grained
+        self._fine_grained = moe.fine_grained
+        mask = f"{prefix}router.is_active_E"  # of the router `dynamic`, which drops experts in training
+        is_active = source.read(mask).tolist() if mask in source.names() else [True] * moe.num_experts
+        self._active = [expert for expert, is_used in enumerate(is_active) if is_used]
 
     def shape(self, leaf: str) -> tuple[int, ...]:
         """Of the dense parameter that w1, ..., b3 were cut from."""
@@ -140,8 +143,18 @@ class _ExpertReader:
     def _slice(self, leaf: str, index: int) -> Tensor:
         """Slice `index` of the FFN: the mean over its copies, or one of them."""
         if self._merge.group is not None:
-            return self._expert(leaf, self._merge.group * self._fine_grained + index)
-        copies = range(index, self._num_experts, self._fine_grained)
+            chosen = self._merge.group * self._fine_grained + index
+            if chosen not in self._active:
+                raise ValueError(
+                    f"merge: expert:{self._merge.group}: {self._prefix.removesuffix('.')} has dropped expert {chosen}; "
+                    f"allowed: mean, or one of its active experts {self._active}"
+                )
+            return self._expert(leaf, chosen)
+        copies = [expert for expert in self._active if expert % self._fine_grained == index]
+        if not copies:
+            raise ValueError(
+                f"{self._prefix.removesuffix('.')}: no active expert holds slice {index} of the FFN, active are {self._active}"
+            )
         # wide enough that a sum of equal numbers is exact, and so is its mean
         wide = torch.float64 if self.dtype(leaf).itemsize >= 4 else torch.float32
         total = self._expert(leaf, copies[0]).to(wide)

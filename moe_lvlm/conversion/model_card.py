@@ -19,6 +19,13 @@ from moe_lvlm.config.yaml_text import dump_yaml
 from moe_lvlm.conversion.parameters import ParameterCounts
 from moe_lvlm.conversion.provenance import Provenance
 
+# Whose vision tokens take more experts than others, by `router.eea_select`
+_SELECTED = {
+    "vision_tail": "Vision tokens of the long tail",
+    "vision_head": "Vision tokens outside the long tail",
+    "instruction_aware": "The vision tokens that the instruction attends to most",
+}
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CardFacts:
@@ -123,7 +130,7 @@ def _model(facts: CardFacts) -> Iterator[str]:
     yield "|---|---|"
     yield f"| parameters | {counts.total:,} |"
     if facts.moe:
-        yield f"| activated for a token | {counts.activated:,} |"
+        yield f"| activated for a token{', at most' if facts.moe.router.kind == 'dynamic' else ''} | {counts.activated:,} |"
     if counts.activated_tail is not None:
         yield f"| activated for a vision tail token | {counts.activated_tail:,} |"
     yield f"| type | {facts.dtype} |"
@@ -138,14 +145,15 @@ def _routing(facts: CardFacts) -> Iterator[str]:
     yield "## Experts and routing"
     yield ""
     where = ", ".join(map(str, facts.layers))
-    yield f"{moe.num_experts} experts in decoder layers {where} (of {facts.num_layers}, from 0); top {moe.top_k}."
+    choice = "a token takes any number of them" if moe.router.kind == "dynamic" else f"top {moe.top_k}"
+    yield f"{moe.num_experts} experts in decoder layers {where} (of {facts.num_layers}, from 0); {choice}."
     if moe.shared_experts:
         yield f"Shared experts: {moe.shared_experts}, passed by every token with weight 1."
     if moe.fine_grained > 1:
         yield f"An expert is 1/{moe.fine_grained} of a dense FFN wide."
     router = moe.router
     if isinstance(router, LongTailRouterSettings) and router.eea_select != "none":
-        yield f"Vision tokens of the long tail take {router.tail_k or moe.num_experts} experts (LTDR)."
+        yield f"{_SELECTED[router.eea_select]} take {router.tail_k or moe.num_experts} experts (LTDR)."
     yield ""
     yield "```yaml"
     yield dump_yaml(moe.to_dict()).rstrip()
@@ -221,7 +229,7 @@ def _scores(facts: CardFacts) -> Iterator[str]:
     for task, score in facts.provenance.scores.items():
         yield f"| {task} | {_number(score.get('accuracy'))} | {_number(score.get('majority'))} | {score.get('n', '')} |"
     yield ""
-    yield "Exact match of greedy answers, as the run's evaluation measured it; `majority` always gives the commonest answer."
+    yield "Greedy answers, scored by each evaluation set's own metric; `majority` always gives the commonest answer."
     if facts.is_eea_off:
         yield "It measured the model with EEA on, which this export has switched off."
 

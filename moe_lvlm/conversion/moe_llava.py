@@ -6,10 +6,11 @@ order of the gate's rows; `model.mm_projector.image_spatial_proj.{0,2}`; `model.
 elsewhere. `original.py` says what becomes of the image token.
 
 Routing is DeepSpeed's: softmax over all experts; of two chosen the weights are divided by their sum
-(`router.renormalize: true`), a single one keeps its probability (`top1_weight: probability`). Two things of it are not
-reproduced: experts there have a capacity and drop tokens beyond it, in evaluation too, here no token is dropped; and
-the second expert was drawn with Gumbel noise, here it is the second best. Logits therefore equal theirs only where no
-token is dropped and no draw changes a choice.
+(`router.renormalize: true`), a single one keeps its probability (`top1_weight: probability`). Experts there have a
+capacity and drop tokens beyond it, in evaluation too, and the second expert is drawn with Gumbel noise. By default no
+token is dropped and the second expert is the second best, so logits equal theirs only where no token is dropped and no
+draw changes a choice. `has_released_routing` keeps the capacity, and the noise in training (theirs is drawn at
+evaluation too).
 """
 
 from __future__ import annotations
@@ -41,14 +42,20 @@ FAMILIES = {
 }
 _RENAMES = {"rope_pct": "partial_rotary_factor", "norm_eps": "layer_norm_eps"}
 _MOE = ".mlp.deepspeed_moe."
-NOTES = (
-    "capacity is not reproduced: MoE-LLaVA drops tokens beyond an expert's capacity, in evaluation too; here none is",
-    "the second expert is the second best: MoE-LLaVA draws it with Gumbel noise",
-)
+# What a converted model does otherwise than theirs, by whether it has the released routing
+NOTES = {
+    False: (
+        "MoE-LLaVA drops tokens beyond an expert's capacity, in evaluation too; here none is (--released-routing drops)",
+        "the second expert is the second best; MoE-LLaVA draws it with Gumbel noise (--released-routing: in training)",
+    ),
+    True: ("the second expert is drawn with Gumbel noise in training only; MoE-LLaVA's is at evaluation too",),
+}
 
 
-def from_moe_llava(path: str | Path, options: OriginalOptions) -> Converted:
+def from_moe_llava(path: str | Path, options: OriginalOptions, *, has_released_routing: bool = False) -> Converted:
     """A released checkpoint of MoE-LLaVA as our sparse model.
+
+    has_released_routing: with the capacity that its configuration names, and noise on the second choice in training.
 
     Raises:
         ValueError: another layout, an unknown family (Qwen-1 among them), residual experts, or layers with different
@@ -67,7 +74,7 @@ def from_moe_llava(path: str | Path, options: OriginalOptions) -> Converted:
         raise ValueError(
             f"{folder}: a Qwen-1 language model, which transformers does not have; allowed: Qwen1.5 and later"
         )
-    moe = moe_settings(folder, original.fields.get("moe"))
+    moe = moe_settings(folder, original.fields.get("moe"), has_released_routing=has_released_routing)
     config, processor = original.build_config()
     config, weights = moe_llava_weights(config, original, moe)
     return Converted(
@@ -75,11 +82,11 @@ def from_moe_llava(path: str | Path, options: OriginalOptions) -> Converted:
         weights=weights,
         processor=processor,
         before={"text_config": text_config_dict(original.text)},
-        notes=(*NOTES, *preprocessing_notes(original)),
+        notes=(*NOTES[has_released_routing], *preprocessing_notes(original)),
     )
 
 
-def moe_settings(folder: Path, section: Any) -> MoEConfig:
+def moe_settings(folder: Path, section: Any, *, has_released_routing: bool = False) -> MoEConfig:
     """Our settings for a section `moe` of theirs.
 
     Raises:
@@ -94,14 +101,24 @@ def moe_settings(folder: Path, section: Any) -> MoEConfig:
         raise ValueError(f"{folder}: moe: moe_layers_idx, num_experts and top_k_experts are needed, it has {section}")
     if len(set(counts)) != 1:
         raise ValueError(f"{folder}: moe.num_experts: {counts}; allowed: the same number in every layer")
+    released: dict[str, Any] = {}
+    if has_released_routing:
+        # their defaults, where a configuration leaves the keys out
+        released["capacity_factor"] = section.get("capacity_factor", 1.5)
+        released["eval_capacity_factor"] = section.get("eval_capacity_factor", 2.0)
     return MoEConfig(
         layers=tuple(layers),
         num_experts=counts[0],
         top_k=top_k,
-        router=TopKRouterSettings(renormalize=True, top1_weight="probability"),
+        router=TopKRouterSettings(
+            renormalize=True,
+            top1_weight="probability",
+            second_choice_noise="gumbel" if has_released_routing and top_k == 2 else "none",
+        ),
         balance=BalanceSettings(
             coefficient=section.get("router_aux_loss_coef", 0.01), fraction="top1" if top_k <= 2 else "all_choices"
         ),
+        **released,
     )
 
 

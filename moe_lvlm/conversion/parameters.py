@@ -13,8 +13,8 @@ from moe_lvlm.routing.eea import has_eea
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParameterCounts:
-    """Parameters of the whole model, and those that one token passes: with `top_k` experts, and with `tail_k`, None
-    where no token takes more."""
+    """Parameters of the whole model, and those that one token passes at most: with `max_experts_per_token` experts,
+    and with `tail_k`, None where no token takes more."""
 
     total: int
     activated: int
@@ -34,5 +34,7 @@ def count_parameters(source: WeightSource, moe: MoEConfig | None) -> ParameterCo
 
     tail = getattr(moe.router, "tail_k", None) or moe.num_experts
     return ParameterCounts(
-        total=total, activated=activated(moe.top_k), activated_tail=activated(tail) if has_eea(moe) else None
+        total=total,
+        activated=activated(moe.max_experts_per_token),
+        activated_tail=activated(tail) if has_eea(moe) else None,
     )

@@ -29,6 +29,8 @@ _SHARED_FIELDS = (
     "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps", "rope_parameters",
     "tie_word_embeddings", "attention_dropout", "pad_token_id", "bos_token_id", "eos_token_id", "use_cache",
 )  # fmt: skip
+# Outside training these are top-k: `ltdr` without EEA; the losses of `task` and `stgc` belong to training.
+_TOP_K_ROUTERS = ("top_k", "ltdr", "task", "stgc")
 _FAMILIES = ("llama", "mistral", "phi3", "qwen2", "qwen3")
 
 
@@ -65,6 +67,7 @@ def stock_form(config: MoELlavaConfig) -> StockForm:
             "router ltdr with EEA: a vision tail token uses more experts than others, every stock class uses the same "
             "number for all; --without-eea exports the model with EEA switched off"
         )
+    _check_routing(moe)
     _check_family(text)
     if text.model_type == "qwen3":
         stock = _qwen3_moe(text, moe)
@@ -104,6 +107,21 @@ def _llava_config(config: MoELlavaConfig, text: PreTrainedConfig) -> LlavaConfig
     stock = LlavaConfig.from_dict(fields)
     stock.architectures = [ARCHITECTURE]
     return stock
+
+
+def _check_routing(moe: MoEConfig) -> None:
+    """NoStockFormError unless the router, once trained, is ordinary top-k over a linear gate that drops nothing."""
+    if moe.router.kind not in _TOP_K_ROUTERS:
+        raise NoStockFormError(
+            f"router {moe.router.kind}: every stock class routes by plain top-k; allowed: {', '.join(_TOP_K_ROUTERS)}"
+        )
+    if moe.router.gate.kind != "linear":
+        raise NoStockFormError(f"router gate {moe.router.gate.kind}: every stock class has a linear gate")
+    if moe.capacity_factor is not None:
+        raise NoStockFormError(
+            f"capacity_factor {moe.capacity_factor}: no stock class drops tokens; train or load with "
+            "moe.capacity_factor=null"
+        )
 
 
 def _check_family(text: PreTrainedConfig) -> None:

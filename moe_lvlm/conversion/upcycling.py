@@ -83,10 +83,16 @@ def upcycle_weights(
     `router_seed` + i.
 
     Raises:
-        ValueError: the model is sparse already, its layers cannot become sparse, or its weights are not as it says.
+        ValueError: the model is sparse already, its layers cannot become sparse, its weights are not as it says, or
+            the routers start from data.
     """
     if config.moe is not None:
         raise ValueError(f"the model has {config.moe['num_experts']} experts already; allowed: a dense one")
+    if moe.router.kind == "cluster":
+        raise ValueError(
+            "router.kind: cluster starts at the centres of data.clusters, which a conversion does not have; allowed: a "
+            "stage of a recipe with upcycle: true"
+        )
     sparse = config.with_moe(moe)
     target = build_target(sparse)
     layers = {

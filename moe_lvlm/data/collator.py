@@ -32,20 +32,27 @@ class Batch(TypedDict):
 
 
 class Collator:
-    """Pads samples to one length and writes down which token is what.
+    """Pads samples to one length and writes down which token is what, and what is known of each sample.
 
     No sample at all (every record of a micro-batch was bad) gives an empty batch: one row of one padding token with
     label -100, attention mask 0 and modality padding, so that this rank runs forward and backward with the others.
+
+    has_task_labels: whether there are rules that label samples; without them `task_N` is None.
     """
 
-    def __init__(self, *, pad_token_id: int, image_token_id: int) -> None:
+    def __init__(self, *, pad_token_id: int, image_token_id: int, has_task_labels: bool = False) -> None:
         self.pad_token_id = pad_token_id
         self.image_token_id = image_token_id
+        self.has_task_labels = has_task_labels
 
     @classmethod
-    def for_processor(cls, processor: LlavaProcessor) -> Collator:
+    def for_processor(cls, processor: LlavaProcessor, *, has_task_labels: bool = False) -> Collator:
         """The collator for a processor whose tokenizer has a pad token."""
-        return cls(pad_token_id=processor.tokenizer.pad_token_id, image_token_id=processor.image_token_id)
+        return cls(
+            pad_token_id=processor.tokenizer.pad_token_id,
+            image_token_id=processor.image_token_id,
+            has_task_labels=has_task_labels,
+        )
 
     def __call__(self, samples: Sequence[Sample]) -> Batch:
         """Raises ImageSizeError if images of different processed sizes come together."""
@@ -74,13 +81,29 @@ class Collator:
                 modality_BS=modality_BS.to(torch.int8),
                 image_BS=_image_index(is_vision_BS, samples),
                 sample_BS=sample_BS,
+                num_samples=len(samples),
                 instruction_BS=instruction_BS,
+                task_N=_task_labels(samples) if self.has_task_labels else None,
+                cluster_N=_clusters(samples),
             ),
         )
         pixel_values = _pixel_values(samples)
         if pixel_values is not None:
             batch["pixel_values"] = pixel_values
         return batch
+
+
+def _task_labels(samples: Sequence[Sample]) -> Tensor:
+    """Int64 [N], -1 for a sample that no rule fits."""
+    labels = [-1 if sample.task_label is None else sample.task_label for sample in samples]
+    return torch.tensor(labels, dtype=torch.int64)
+
+
+def _clusters(samples: Sequence[Sample]) -> Tensor | None:
+    """Int64 [N]; None where clusters are not known, which holds for all samples or none."""
+    clusters = [sample.cluster for sample in samples if sample.cluster is not None]
+    assert len(clusters) in (0, len(samples)), "samples with and without a cluster in one batch"
+    return torch.tensor(clusters, dtype=torch.int64) if clusters else None
 
 
 def _image_index(is_vision_BS: Tensor, samples: Sequence[Sample]) -> Tensor:

@@ -12,13 +12,16 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import LlavaProcessor
 
+from moe_lvlm.config.moe import MoEConfig
 from moe_lvlm.config.recipe import DataSettings, SourceSettings
 from moe_lvlm.data import packs
+from moe_lvlm.data.clusters import ClusterTable, InstructionClusters
 from moe_lvlm.data.collator import Collator
 from moe_lvlm.data.errors import BadRecordError, DataFileError, RecordFault
 from moe_lvlm.data.llava_json import RecordFile, read_records
 from moe_lvlm.data.records import Record, parse_record, record_id
 from moe_lvlm.data.sample import NumImageTokens, Prompt, Sample, SampleBuilder, check_processor
+from moe_lvlm.data.tasks import TaskRules
 from moe_lvlm.data.templates import build_template
 
 
@@ -144,7 +147,7 @@ def build_dataset(
     sources = [open_source(source.path, source.image_root, source.name, settings.image_root) for source in mixture]
     builder = build_samples(settings, template, processor, num_image_tokens)
     dataset = MixtureDataset(sources, [source.weight for source in mixture], builder, seed=seed)
-    return dataset, Collator.for_processor(processor)
+    return dataset, Collator.for_processor(processor, has_task_labels=bool(settings.task_types))
 
 
 def build_samples(
@@ -153,10 +156,36 @@ def build_samples(
     processor: LlavaProcessor,
     num_image_tokens: NumImageTokens,
 ) -> SampleBuilder:
-    """The maker of samples and prompts that a recipe's `data` describes. Raises TemplateError."""
+    """The maker of samples and prompts that a recipe's `data` describes.
+
+    Raises TemplateError, or DataFileError for the table of clusters.
+    """
     check_processor(processor)
     built = build_template(template, settings.chat_template, processor.tokenizer, processor.image_token)
-    return SampleBuilder(processor, built, num_image_tokens=num_image_tokens, max_length=settings.max_length)
+    table = open_clusters(settings)
+    return SampleBuilder(
+        processor,
+        built,
+        num_image_tokens=num_image_tokens,
+        max_length=settings.max_length,
+        tasks=TaskRules(settings.task_types) if settings.task_types else None,
+        clusters=None if table is None else InstructionClusters(table),
+    )
+
+
+def open_clusters(settings: DataSettings) -> ClusterTable | None:
+    """The table that `data.clusters` names, if it names one. Raises DataFileError."""
+    if settings.clusters is None:
+        return None
+    return ClusterTable.load(resolve_path(settings.clusters, settings.image_root))
+
+
+def needed_data(settings: DataSettings, moe: MoEConfig | None) -> DataSettings:
+    """The same settings, without a table of clusters where no router of the model reads it: an instruction that it
+    does not hold would ask for the encoder in vain. moe: None for a dense model."""
+    if moe is not None and moe.router.kind == "cluster":
+        return settings
+    return settings.model_copy(update={"clusters": None})
 
 
 def open_source(path: str, image_root: str | None, name: str | None, base: str) -> Source:

@@ -16,9 +16,12 @@ from PIL import Image
 from torch import Tensor
 from transformers import LlavaProcessor
 
+from moe_lvlm.data.clusters import InstructionClusters
 from moe_lvlm.data.errors import ImageSizeError, RecordFault, TemplateError
 from moe_lvlm.data.images import load_image
+from moe_lvlm.data.instructions import first_instruction
 from moe_lvlm.data.records import IMAGE_MARK, Record, Turn, check_turns
+from moe_lvlm.data.tasks import TaskRules
 from moe_lvlm.data.templates import Rendered, Span, Template, tokenize
 
 IGNORED_LABEL = -100
@@ -33,7 +36,8 @@ class Sample:
 
     key: `<dataset>/<index>`. input_ids [S] int64, image marks expanded. labels [S] int64, not shifted, -100 except on
     answers. instruction [S] bool, the user's words without image tokens. pixel_values [n, C, H, W] float32, or None.
-    image_tokens: placeholders of each image.
+    image_tokens: placeholders of each image. task: the record's own; task_label: its number by the recipe's rules, None
+    if none fits. cluster: of its first instruction, None without a table of clusters.
     """
 
     key: str
@@ -44,6 +48,8 @@ class Sample:
     instruction: Tensor
     pixel_values: Tensor | None
     image_tokens: tuple[int, ...]
+    task_label: int | None = None
+    cluster: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +60,7 @@ class Prompt:
     instruction: Tensor
     pixel_values: Tensor | None
     image_tokens: tuple[int, ...]
+    cluster: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,11 +79,20 @@ class SampleBuilder:
     """
 
     def __init__(
-        self, processor: LlavaProcessor, template: Template, *, num_image_tokens: NumImageTokens, max_length: int
+        self,
+        processor: LlavaProcessor,
+        template: Template,
+        *,
+        num_image_tokens: NumImageTokens,
+        max_length: int,
+        tasks: TaskRules | None = None,
+        clusters: InstructionClusters | None = None,
     ) -> None:
         self.processor = processor
         self.template = template
         self.max_length = max_length
+        self.tasks = tasks
+        self.clusters = clusters
         self._num_image_tokens = num_image_tokens
 
     def sample(self, record: Record, image_root: Path, *, dataset: str, key: str) -> Sample:
@@ -93,6 +109,8 @@ class SampleBuilder:
             instruction=torch.from_numpy(tokens.instruction),
             pixel_values=pixel_values,
             image_tokens=image_tokens,
+            task_label=None if self.tasks is None else self.tasks.label(record, dataset),
+            cluster=self._cluster(record.turns),
         )
 
     def prompt(self, turns: Sequence[Turn], images: Sequence[Image.Image]) -> Prompt:
@@ -112,11 +130,15 @@ class SampleBuilder:
             instruction=torch.from_numpy(tokens.instruction),
             pixel_values=pixel_values,
             image_tokens=image_tokens,
+            cluster=self._cluster(turns),
         )
 
     def record_prompt(self, record: Record, image_root: Path) -> Prompt:
         """The prompt for a record's last answer. Raises RecordFault."""
         return self.prompt(record.turns[:-1], [load_image(image_root, path) for path in record.images])
+
+    def _cluster(self, turns: Sequence[Turn]) -> int | None:
+        return None if self.clusters is None else self.clusters.cluster(first_instruction(turns))
 
     def _encode(
         self, turns: Sequence[Turn], images: Sequence[Image.Image]

@@ -28,8 +28,8 @@ from moe_lvlm.models.build import build_empty
 from moe_lvlm.models.llava import MoELlavaForConditionalGeneration
 from moe_lvlm.models.load import CHECKPOINTS, find_model, load
 from moe_lvlm.routing.eea import without_eea
-from moe_lvlm.routing.trace import RoutingTrace, Site
-from moe_lvlm.routing.types import Modality
+from moe_lvlm.routing.trace import RoutingTrace
+from moe_lvlm.routing.types import Modality, Site
 
 
 def measure_eea(

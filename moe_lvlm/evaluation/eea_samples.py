@@ -10,7 +10,7 @@ from transformers import LlavaProcessor
 
 from moe_lvlm.config.recipe import DataSettings, Recipe, StageSettings
 from moe_lvlm.data.errors import BadRecordError
-from moe_lvlm.data.mixture import Source, build_samples, open_source
+from moe_lvlm.data.mixture import Source, build_samples, needed_data, open_source
 from moe_lvlm.data.sample import Prompt, Sample, SampleBuilder
 from moe_lvlm.models.processor import num_image_tokens
 
@@ -72,7 +72,8 @@ def find_samples(
     """
     data = DataSettings() if recipe is None else recipe.data
     template = data.template if stage is None or stage.template is None else stage.template
-    builder = build_samples(data, template, processor, num_image_tokens)
+    # nothing else than a model of router ltdr is looked at
+    builder = build_samples(needed_data(data, None), template, processor, num_image_tokens)
     if records is not None:
         root = str((image_root or records.parent).absolute())
         named = _Set(open_source(str(records.absolute()), None, None, root), False, max_new_tokens)

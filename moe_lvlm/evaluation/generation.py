@@ -21,11 +21,18 @@ class Prompt(Protocol):
     """What a model answers: a rendered conversation that waits for its next answer.
 
     input_ids: [S] int64, every image mark expanded to its placeholders.
+    instruction: [S] bool, the user's words. cluster: of the instruction, None where clusters are not known.
     pixel_values: [images, C, H, W] float32 in the order of the marks, or None.
     """
 
     @property
     def input_ids(self) -> Tensor: ...
+
+    @property
+    def instruction(self) -> Tensor: ...
+
+    @property
+    def cluster(self) -> int | None: ...
 
     @property
     def pixel_values(self) -> Tensor | None: ...
@@ -128,16 +135,26 @@ def collate_prompts(
     prompts: Sequence[Prompt], *, model: PreTrainedModel, pad_id: int, padding: Literal["left", "right"] = "left"
 ) -> dict[str, Tensor]:
     """One batch on the model's device: input_ids and attention_mask [B, S], and pixel_values in the model's type if
-    there is an image. Generation goes on at the right end, so it wants its padding on the left."""
+    there is an image; for a sparse model also what routers may ask: instruction_mask [B, S], and cluster_ids [B] if all
+    prompts have a cluster. Generation goes on at the right end, so it wants its padding on the left."""
     longest = max(prompt.input_ids.numel() for prompt in prompts)
     input_ids_BS = torch.full((len(prompts), longest), pad_id, dtype=torch.int64)
     attention_mask_BS = torch.zeros_like(input_ids_BS)
+    instruction_mask_BS = torch.zeros_like(input_ids_BS)
     for row, prompt in enumerate(prompts):
         length = prompt.input_ids.numel()
         start = longest - length if padding == "left" else 0
         input_ids_BS[row, start : start + length] = prompt.input_ids
         attention_mask_BS[row, start : start + length] = 1
-    batch = {"input_ids": input_ids_BS.to(model.device), "attention_mask": attention_mask_BS.to(model.device)}
+        instruction_mask_BS[row, start : start + length] = prompt.instruction
+    batch = {"input_ids": input_ids_BS, "attention_mask": attention_mask_BS}
+    # a dense model may be transformers' own, which knows no such arguments
+    if getattr(model.config, "moe", None) is not None:
+        batch["instruction_mask"] = instruction_mask_BS
+        clusters = [prompt.cluster for prompt in prompts if prompt.cluster is not None]
+        if len(clusters) == len(prompts):
+            batch["cluster_ids"] = torch.tensor(clusters)
+    batch = {name: value.to(model.device) for name, value in batch.items()}
     images = [prompt.pixel_values for prompt in prompts if prompt.pixel_values is not None]
     if images:
         batch["pixel_values"] = torch.cat(images).to(model.device, model.dtype)

@@ -10,7 +10,7 @@ from transformers import LlavaProcessor, PreTrainedModel
 
 from moe_lvlm.config.load import load_recipe
 from moe_lvlm.config.recipe import Recipe
-from moe_lvlm.data.mixture import build_samples
+from moe_lvlm.data.mixture import build_samples, needed_data
 from moe_lvlm.data.sample import SampleBuilder
 from moe_lvlm.data.templates import end_of_turn_id
 from moe_lvlm.models.load import load
@@ -82,6 +82,6 @@ def load_run(run: Path, recipe: Recipe, *, device: str | None, dtype: str | torc
     target, computed_in = choose_device(device), choose_dtype(dtype)
     model, processor = load(run, device=target, dtype=computed_in)
     template = recipe.stages[-1].template or recipe.data.template
-    builder = build_samples(recipe.data, template, processor, num_image_tokens)
+    builder = build_samples(needed_data(recipe.data, model.config.moe_config), template, processor, num_image_tokens)
     end_id = end_of_turn_id(builder.template, processor.tokenizer)
     return LoadedRun(model, processor, builder, () if end_id is None else (end_id,))

@@ -6,10 +6,11 @@ An evaluation set has to be clean: one bad record is an error, since a score ove
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +21,8 @@ from moe_lvlm.data.errors import BadRecordError, RecordFault
 from moe_lvlm.data.images import FORMATS, load_image, resolve_image
 from moe_lvlm.data.mixture import Source, open_source
 from moe_lvlm.data.records import IMAGE_MARK, Record, Turn
+from moe_lvlm.evaluation.metrics import METRICS, Truth
+from moe_lvlm.evaluation.truth import read_truth
 
 _FOLDER_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _MASK_MODES = ("1", "L", "P", "I", "I;16", "RGB")
@@ -27,9 +30,13 @@ _MASK_MODES = ("1", "L", "P", "I", "I;16", "RGB")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Question:
-    """One record of an evaluation set. task: the score it counts for: the record's own task, or the set's name."""
+    """One record of an evaluation set.
+
+    task: the score it counts for: the record's own task, or the set's name. metric: by which it is scored.
+    """
 
     task: str
+    metric: str
     record: Record
     source: Source
     index: int
@@ -52,6 +59,14 @@ class Question:
     @property
     def answer(self) -> str:
         return self.record.turns[-1].text
+
+    @property
+    def truth(self) -> Truth:
+        """What the set's metric compares an answer with. Raises BadRecordError."""
+        with self.faults():
+            # an object: `record` was parsed from it
+            raw = cast(Mapping[str, Any], self.source.records[self.index])
+            return read_truth(raw, self.record, self.metric)
 
     def image_path(self) -> Path | None:
         """The first image's file, or None for text. Raises BadRecordError."""
@@ -99,17 +114,20 @@ def read_questions(task: TaskSettings, data: DataSettings, *, limit: int | None 
     limit: the first so many of the file, in place of the task's own limit.
 
     Raises:
-        ValueError: the file cannot be read (DataFileError), a record is bad (BadRecordError), or limit is below 1.
+        ValueError: the file cannot be read (DataFileError), a record is bad or cannot be scored by the set's metric
+            (BadRecordError), the records do not fit together for it, or limit is below 1.
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit: {limit}; at least 1 is needed")
     source = open_source(task.path, task.image_root, task.name, data.image_root)
     chosen = range(len(source))[: limit if limit is not None else task.limit]
     records = [source.record(index) for index in chosen]
-    return [
-        Question(task=record.task or task.name, record=record, source=source, index=index)
+    questions = [
+        Question(task=record.task or task.name, metric=task.metric, record=record, source=source, index=index)
         for index, record in zip(chosen, records, strict=True)
     ]
+    _check_truths(task, questions)
+    return questions
 
 
 def select_sets(settings: EvaluationSettings, names: Sequence[str] | None) -> list[TaskSettings]:
@@ -152,6 +170,20 @@ def check_scores_apart(sets: Iterable[Sequence[Question]]) -> None:
                     "time"
                 )
             owner[task] = question
+
+
+def _check_truths(task: TaskSettings, questions: Sequence[Question]) -> None:
+    """Scores are by task, so the records of each have to fit together."""
+    by_task: dict[str, list[Truth]] = {}
+    for question in questions:
+        by_task.setdefault(question.task, []).append(question.truth)
+    for name, truths in by_task.items():
+        try:
+            METRICS[task.metric].check_set(truths)
+        except ValueError as error:
+            raise ValueError(
+                f"{questions[0].source.records.path}: task {name!r}: metric {task.metric}: {error}"
+            ) from error
 
 
 def _read_mask(root: Path, path: str, images: Sequence[Image.Image]) -> NDArray[np.bool_]:

@@ -12,6 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from moe_lvlm.analysis.run_folder import further_numbers
 from moe_lvlm.evaluation.metrics import TaskScore
 
 METRICS = "metrics.json"
@@ -67,10 +68,15 @@ def _read_metrics(path: Path) -> dict[str, Any]:
 
 
 def print_scores(scores: Mapping[str, TaskScore], *, console: Console | None = None) -> None:
-    """A table: each task's accuracy beside its majority baseline and its number of questions."""
+    """A table: each task's accuracy beside its majority baseline, its number of questions and the metric's further
+    numbers, those of single categories left out."""
     table = Table("task", "accuracy", "majority", "n")
     for column in table.columns[1:]:
         column.justify = "right"
+    has_more = any(score.details for score in scores.values())
+    if has_more:
+        table.add_column("more")
     for task, score in scores.items():
-        table.add_row(task, f"{score.accuracy:.3f}", f"{score.majority:.3f}", str(score.n))
+        row = [task, f"{score.accuracy:.3f}", f"{score.majority:.3f}", str(score.n)]
+        table.add_row(*row, *([dict(further_numbers(score.details))[""]] if has_more else []))
     (console or Console()).print(table)

@@ -13,7 +13,7 @@ import torch
 from moe_lvlm.config.recipe import TaskSettings
 from moe_lvlm.evaluation.generation import generate_answers, progress_bar
 from moe_lvlm.evaluation.loaded import LoadedRun, load_run, run_recipe
-from moe_lvlm.evaluation.metrics import Outcome, TaskScore, exact_match, score_by_task
+from moe_lvlm.evaluation.metrics import METRICS, Outcome, TaskScore, score_by_task
 from moe_lvlm.evaluation.questions import Question, check_scores_apart, read_questions, select_sets
 from moe_lvlm.evaluation.results import (
     EXAMPLES,
@@ -54,7 +54,7 @@ def evaluate(
         tasks: names of evaluation sets of the recipe; None is all.
 
     Returns:
-        {"accuracy", "majority", "n"} by task.
+        {"accuracy", "majority", "n"} by task, and what else the task's metric gives, by name.
 
     Raises:
         ValueError: no run, no checkpoint, no such evaluation set, or a record that is not clean.
@@ -73,7 +73,7 @@ def evaluate(
     scores: dict[str, TaskScore] = {}
     for task, questions in sets.items():
         outcomes = _evaluate_set(loaded, task, questions, evaluation_folder(folder, task.name), batch_size=size)
-        found = score_by_task(outcomes)
+        found = score_by_task(outcomes, task.metric)
         update_metrics(folder, found)
         scores |= found
     print_scores(scores)
@@ -96,7 +96,7 @@ def _evaluate_set(
             window = questions[start : start + BATCHES_AT_ONCE * batch_size]
             answered = _answer(loaded, task, window, batch_size=batch_size, advance=advance)
             for question, item in zip(window, answered, strict=True):
-                outcomes.append(Outcome(question.task, item.prediction, item.answer))
+                outcomes.append(Outcome(question.task, item.prediction, question.truth))
                 _write_prediction(file, question, item.prediction)
             if collector is not None:
                 collector.update(answered, batch_size=batch_size)
@@ -146,16 +146,21 @@ def _prepare(loaded: LoadedRun, question: Question) -> Answered:
 
 
 def _write_prediction(file: TextIO, question: Question, prediction: str) -> None:
+    """`correct` is true from half of the credit on; a metric with credit in between adds `credit` itself."""
     image = question.image_path()
-    record = {
+    metric = METRICS[question.metric]
+    credit = metric.credit(prediction, question.truth)
+    record: dict[str, object] = {
         "key": question.key,
         "task": question.task,
         "image": None if image is None else str(image),
         "question": question.text,
         "prediction": prediction,
         "answer": question.answer,
-        "correct": exact_match(prediction, question.answer),
+        "correct": credit >= 0.5,
     }
+    if metric.is_soft:
+        record["credit"] = credit
     file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 

@@ -5,10 +5,12 @@ B batch   S sequence (of this call)
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
-from moe_lvlm.routing.types import Modality, RoutingContext
+from moe_lvlm.routing.types import Modality, RoutingContext, RoutingDecision, Site
 
 
 def derive_context(
@@ -18,6 +20,9 @@ def derive_context(
     image_token_id: int,
     num_images: int,
     is_cached: bool = False,
+    instruction_mask: Tensor | None = None,
+    cluster_ids: Tensor | None = None,
+    prompt: Mapping[Site, RoutingDecision] | None = None,
 ) -> RoutingContext:
     """Modality, image and sample of every position of one call of the model.
 
@@ -25,9 +30,11 @@ def derive_context(
     num_images: images handed over in this call, in the order of their marks.
     is_cached: the call goes on after cached positions, whose modality was fixed at prefill; its tokens are language,
         whatever token was generated.
+    instruction_mask: [B, S of the prompt], 1 at the user's words; tokens after the prompt are none of them.
+    cluster_ids: [B], the cluster of each row's instruction. prompt: what was decided for whole samples at the prompt.
 
     Raises:
-        ValueError: a mask of another shape, image tokens without an image, or that do not divide among the images.
+        ValueError: a mask or an instruction mask of another shape, image tokens without an image, or that do not divide among the images.
     """
     batch, sequence = input_ids_BS.shape
     device = input_ids_BS.device
@@ -51,7 +58,31 @@ def derive_context(
     modality_BS = torch.where(is_vision_BS, int(Modality.VISION), int(Modality.LANGUAGE))
     modality_BS = torch.where(is_token_BS, modality_BS, int(Modality.PADDING)).to(torch.int8)
     sample_B1 = torch.arange(batch, dtype=torch.int32, device=device)[:, None]
-    return RoutingContext(modality_BS=modality_BS, image_BS=image_BS, sample_BS=torch.where(is_token_BS, sample_B1, -1))
+    return RoutingContext(
+        modality_BS=modality_BS,
+        image_BS=image_BS,
+        sample_BS=torch.where(is_token_BS, sample_B1, -1),
+        num_samples=batch,
+        instruction_BS=_instruction(instruction_mask, is_token_BS, is_cached=is_cached),
+        cluster_N=cluster_ids,
+        prompt=prompt,
+    )
+
+
+def _instruction(mask: Tensor | None, is_token_BS: Tensor, *, is_cached: bool) -> Tensor | None:
+    """Bool [B, S]: the user's words in this call. What comes after the prompt is an answer."""
+    if mask is None:
+        return None
+    if is_cached:
+        return torch.zeros_like(is_token_BS)
+    batch, sequence = is_token_BS.shape
+    if mask.ndim != 2 or mask.shape[0] != batch or mask.shape[1] > sequence:
+        raise ValueError(
+            f"instruction_mask has shape {tuple(mask.shape)}; allowed: [{batch}, at most {sequence}], one number a "
+            "position of the prompt"
+        )
+    padded_BS = torch.nn.functional.pad(mask.bool(), (0, sequence - mask.shape[1]))
+    return padded_BS & is_token_BS
 
 
 def _image_of_token(is_vision_BS: Tensor, num_images: int) -> Tensor:

@@ -19,23 +19,27 @@ from moe_lvlm.models.config import MoELlavaConfig
 from moe_lvlm.models.context import derive_context
 from moe_lvlm.moe.experts import Experts
 from moe_lvlm.moe.upcycle import upcycle_decoder
+from moe_lvlm.routing.gates import Gate
 from moe_lvlm.routing.losses import auxiliary_loss
-from moe_lvlm.routing.router import Gate
 from moe_lvlm.routing.trace import RoutingTrace
-from moe_lvlm.routing.types import RoutingContext
+from moe_lvlm.routing.types import RoutingContext, RoutingDecision, Site
 
 
 @dataclass
 class MoELlavaOutput(LlavaCausalLMOutputWithPast):
     """LLaVA's output, and:
 
-    loss: language_loss plus balance_loss. language_loss, balance_loss: scalars, None where there is none.
+    loss: language_loss plus balance_loss. language_loss, balance_loss (all auxiliary losses of the routers): scalars,
+    None where there is none.
     routing: the trace of all routing decisions, if it was asked for.
+    prompt_routing: decisions for whole samples, which a call that goes on from this one's cache takes over; None where
+    there are none.
     """
 
     language_loss: Tensor | None = None
     balance_loss: Tensor | None = None
     routing: RoutingTrace | None = None
+    prompt_routing: dict[Site, RoutingDecision] | None = None
 
 
 class MoELlavaModel(LlavaModel):
@@ -132,6 +136,9 @@ class MoELlavaForConditionalGeneration(LlavaForConditionalGeneration):
         mm_encoder_outputs: dict[str, Any] | None = None,
         routing: RoutingContext | None = None,
         output_routing: bool = False,
+        instruction_mask: Tensor | None = None,
+        cluster_ids: Tensor | None = None,
+        prompt_routing: dict[Site, RoutingDecision] | None = None,
         num_items_in_batch: Tensor | None = None,
         **kwargs: Any,
     ) -> MoELlavaOutput:
@@ -139,12 +146,28 @@ class MoELlavaForConditionalGeneration(LlavaForConditionalGeneration):
 
         pixel_values: [I, C, H, W], images in the order of their marks. labels: [B, S], -100 where there is no loss.
         routing: facts about the tokens, derived if absent. output_routing: give the trace back.
+        instruction_mask: [B, S of the prompt], 1 at the user's words, and cluster_ids: [B], for routers that want to
+        know, where no `routing` is given. prompt_routing: of an earlier call from whose cache this one goes on.
         num_items_in_batch: divisor of the summed token losses; None means the supervised tokens of this call.
 
         Raises:
             ValueError: a sparse model got inputs_embeds without a routing context.
         """
-        trace = self._open_trace(routing, input_ids, attention_mask, pixel_values, mm_encoder_outputs, past_key_values)
+        if routing is None and self.config.moe is not None:
+            if input_ids is None:
+                raise ValueError("a sparse model needs input_ids, or a routing context beside inputs_embeds")
+            routing = derive_context(
+                input_ids,
+                attention_mask=attention_mask,
+                image_token_id=self.config.image_token_id,
+                num_images=_count_images(pixel_values, mm_encoder_outputs),
+                is_cached=past_key_values is not None and past_key_values.get_seq_length() > 0,
+                instruction_mask=instruction_mask,
+                cluster_ids=cluster_ids,
+                prompt=prompt_routing,
+            )
+        # A dense model routes nothing.
+        trace = None if routing is None or self.config.moe is None else RoutingTrace(routing)
         if trace is not None:
             kwargs |= {"routing": trace.context, "routing_trace": trace}
         output = super().forward(
@@ -166,7 +189,7 @@ class MoELlavaForConditionalGeneration(LlavaForConditionalGeneration):
         if labels is not None:
             loss = language_loss = self._language_loss(output.logits, labels, num_items_in_batch)
             if trace is not None and self.config.moe_config is not None:
-                balance_loss = auxiliary_loss(trace, self.config.moe_config.balance)
+                balance_loss = auxiliary_loss(trace, self.config.moe_config)
             if balance_loss is not None:
                 loss = language_loss + balance_loss
         return MoELlavaOutput(
@@ -179,31 +202,17 @@ class MoELlavaForConditionalGeneration(LlavaForConditionalGeneration):
             language_loss=language_loss,
             balance_loss=balance_loss,
             routing=trace if output_routing else None,
+            prompt_routing=None if trace is None or output.past_key_values is None else _of_whole_samples(trace),
         )
 
-    def _open_trace(
-        self,
-        routing: RoutingContext | None,
-        input_ids: Tensor | None,
-        attention_mask: Tensor | None,
-        pixel_values: Tensor | None,
-        mm_encoder_outputs: dict[str, Any] | None,
-        past_key_values: Cache | None,
-    ) -> RoutingTrace | None:
-        """An empty trace with this call's context; None for a dense model."""
-        if self.config.moe is None:
-            return None
-        if routing is None:
-            if input_ids is None:
-                raise ValueError("a sparse model needs input_ids, or a routing context beside inputs_embeds")
-            routing = derive_context(
-                input_ids,
-                attention_mask=attention_mask,
-                image_token_id=self.config.image_token_id,
-                num_images=_count_images(pixel_values, mm_encoder_outputs),
-                is_cached=past_key_values is not None and past_key_values.get_seq_length() > 0,
-            )
-        return RoutingTrace(routing)
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Hand on what was decided at the prompt from step to step. Beams of one sample share it."""
+        updated = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        if outputs.prompt_routing is not None:
+            updated["prompt_routing"] = outputs.prompt_routing
+        return updated
 
     def _language_loss(self, logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | None) -> Tensor:
         """Cross entropy of the next token over the supervised positions; 0 where there is none, never NaN."""
@@ -215,6 +224,12 @@ class MoELlavaForConditionalGeneration(LlavaForConditionalGeneration):
             vocab_size=self.config.text_config.vocab_size,
             num_items_in_batch=num_items_in_batch,
         )
+
+
+def _of_whole_samples(trace: RoutingTrace) -> dict[Site, RoutingDecision] | None:
+    """The trace's decisions for whole samples, out of the graph."""
+    found = {site: decision.detach() for site, decision in trace.items() if decision.level == "sample"}
+    return found or None
 
 
 def _count_images(pixel_values: Tensor | None, mm_encoder_outputs: dict[str, Any] | None) -> int:

@@ -142,6 +142,9 @@ class _Reader:
             for leaf, parameter in list(module.named_parameters(recurse=False)):
                 replace_parameter(module, leaf, torch.empty(parameter.shape, device=self.device))
                 self.filled.add(".".join(part for part in (f"{prefix}router", name, leaf) if part))
+            for leaf, buffer in list(module.named_buffers(recurse=False)):
+                module._buffers[leaf] = torch.empty_like(buffer, device=self.device)
+                self.filled.add(".".join(part for part in (f"{prefix}router", name, leaf) if part))
         draw_router(router, seed)
         router.to(self.dtype)
 
@@ -157,6 +160,8 @@ class _Reader:
                 rows = (held.start, held.stop) if held is not None else (None, None)
                 self._set(prefix, module, leaf, self._read(name, *rows))
             for leaf, buffer in list(module.named_buffers(recurse=False)):
+                if f"{prefix}{leaf}" in self.filled:
+                    continue
                 if leaf in module._non_persistent_buffers_set:
                     module._buffers[leaf] = buffer.to(self.device)
                 else:

@@ -6,9 +6,10 @@ layer's own attention and norms. A family is known by the exact names of its lay
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
@@ -72,7 +73,9 @@ class MoEDecoderLayer(nn.Module):
         """[B, S, D] -> [B, S, D]. kwargs are the attention's, handed on as the dense layer does."""
         residual = hidden_states
         normed = self.get_submodule("input_layernorm")(hidden_states)
-        attended, _ = self.get_submodule("self_attn")(hidden_states=normed, **kwargs)
+        attended, attention_BHSS = self.get_submodule("self_attn")(hidden_states=normed, **kwargs)
+        if self.mlp.router.needs_attention and routing is not None:
+            routing = replace(routing, attention_BS=instruction_attention(attention_BHSS, routing))
         attended = self._dropout(self.attention_dropout_name, attended)
         if self.is_parallel:
             fed = self._dropout(self.ffn_dropout_name, self.mlp(normed, routing, routing_trace))
@@ -85,6 +88,35 @@ class MoEDecoderLayer(nn.Module):
     def is_parallel(self) -> bool:
         """Attention and FFN read the same norm, and their outputs are added at once (Phi, some StableLM)."""
         return self._modules.get("post_attention_layernorm") is None
+
+
+@torch.no_grad()
+def instruction_attention(attention_BHSS: Tensor | None, context: RoutingContext) -> Tensor:
+    """Float32 [B, S]: attention that a token gets from its sample's instruction tokens, mean over them and over heads.
+
+    attention_BHSS: weights of this layer's attention, [B, H, S, past + S]. A sample without instruction gives 0.
+
+    Raises:
+        ValueError: no weights, or it is not known which tokens are the instruction.
+    """
+    if attention_BHSS is None:
+        raise ValueError(
+            "eea_select: instruction_aware needs attention weights, which sdpa and flash attention do not give; "
+            "allowed: model.attention: eager"
+        )
+    if context.instruction_BS is None:
+        raise ValueError(
+            "eea_select: instruction_aware: it is not known which tokens are the instruction; give instruction_mask "
+            "[B, S] beside input_ids, or a routing context"
+        )
+    num_samples = max(context.count_samples(), 1)
+    sample_BS = context.sample_BS.clamp(min=0).long()
+    is_asking_BS = context.instruction_BS & (context.sample_BS >= 0)
+    count_N = torch.bincount(sample_BS.flatten(), weights=is_asking_BS.flatten().float(), minlength=num_samples)
+    from_head_mean_BSS = attention_BHSS.float().mean(dim=1)[..., -sample_BS.shape[1] :]
+    # Another sample's tokens, packed into the same row, get no attention, so the sum is over the token's own sample.
+    total_BS = (from_head_mean_BSS * is_asking_BS[:, :, None]).sum(dim=1)
+    return total_BS / count_N.to(total_BS)[sample_BS].clamp_min(1)
 
 
 class MoELlamaDecoderLayer(MoEDecoderLayer, LlamaDecoderLayer):

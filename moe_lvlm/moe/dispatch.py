@@ -72,6 +72,7 @@ class LocalDispatcher(Dispatcher):
             x_TD.index_select(0, assignments.token_A),
             decision.weights_RK[assignments.token_A, assignments.slot_A],
             tuple(assignments.counts_E.tolist()),
+            probe_R=_of_assignments(decision.probe_RK, assignments),
         )
         return rows, Route(assignments, x_TD.shape[0], x_TD.dtype)
 
@@ -99,18 +100,27 @@ class AllToAllDispatcher(Dispatcher):
         both = torch.stack((assignments.counts_E, received_counts)).view(2, self.size, num_local).tolist()
         send = tuple(sum(counts) for counts in both[0])
         receive = tuple(sum(counts) for counts in both[1])
-        local_counts = tuple(sum(counts) for counts in zip(*both[1], strict=True))
+        counts_by_source = tuple(tuple(counts) for counts in zip(*both[1], strict=True))
+        local_counts = tuple(sum(counts) for counts in counts_by_source)
 
         sorted_AD = x_TD.index_select(0, assignments.token_A)
         weights_A = decision.weights_RK[assignments.token_A, assignments.slot_A]
+        probe_A = _of_assignments(decision.probe_RK, assignments)
         arrived_RD = _exchange(sorted_AD, self.group, send, receive)
         arrived_weights_R = _exchange(weights_A, self.group, send, receive)
+        arrived_probe_R = None if probe_A is None else _exchange(probe_A, self.group, send, receive)
 
         # Rows arrive by rank, then by expert; experts want them by expert alone.
         expert_R = torch.arange(num_local, device=x_TD.device).repeat(self.size)
         expert_R = expert_R.repeat_interleave(received_counts, output_size=sum(receive))
         order_R = expert_R.argsort(stable=True)
-        rows = ExpertRows(arrived_RD.index_select(0, order_R), arrived_weights_R.index_select(0, order_R), local_counts)
+        rows = ExpertRows(
+            arrived_RD.index_select(0, order_R),
+            arrived_weights_R.index_select(0, order_R),
+            local_counts,
+            counts_by_source,
+            None if arrived_probe_R is None else arrived_probe_R.index_select(0, order_R),
+        )
         unsort_R = torch.empty_like(order_R)
         unsort_R[order_R] = torch.arange(order_R.numel(), device=x_TD.device)
         return rows, Route(assignments, x_TD.shape[0], x_TD.dtype, send, receive, unsort_R)
@@ -119,6 +129,10 @@ class AllToAllDispatcher(Dispatcher):
         assert route.unsort_R is not None
         returned_AD = _exchange(y_RD.index_select(0, route.unsort_R), self.group, route.receive, route.send)
         return _sum_by_token(returned_AD, route)
+
+
+def _of_assignments(values_TK: Tensor | None, assignments: Assignments) -> Tensor | None:
+    return None if values_TK is None else values_TK[assignments.token_A, assignments.slot_A]
 
 
 def _sum_by_token(y_AD: Tensor, route: Route) -> Tensor:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from moe_lvlm.moe.dispatch import Dispatcher, LocalDispatcher
 from moe_lvlm.moe.experts import Experts
 from moe_lvlm.routing.router import Router
-from moe_lvlm.routing.trace import RoutingTrace, Site
-from moe_lvlm.routing.types import RoutingContext
+from moe_lvlm.routing.trace import RoutingTrace
+from moe_lvlm.routing.types import RoutingContext, Site
 
 
 class MoELayer(nn.Module):
@@ -49,10 +49,12 @@ class MoELayer(nn.Module):
                 f"routing context of shape {tuple(context.modality_BS.shape)} for hidden states of shape "
                 f"{tuple(x_BSD.shape)}: they must describe the same tokens"
             )
-        decision = self.router(x_TD, context)
+        # What was decided for a whole sample when its prompt was read holds for what follows.
+        earlier = None if context.prompt is None else context.prompt.get(self.site)
+        decision = self.router(x_TD, context) if earlier is None else earlier
         if trace is not None:
             trace.record(self.site, decision)
-        rows, route = self.dispatcher.dispatch(x_TD, decision)
+        rows, route = self.dispatcher.dispatch(x_TD, decision.by_token(context))
         out_TD = self.dispatcher.combine(self.experts(rows), route)
         if self.shared_experts is not None:
             for expert in self.shared_experts:

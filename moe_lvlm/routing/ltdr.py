@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from moe_lvlm.config.moe import LongTailRouterSettings, MoEConfig
-from moe_lvlm.routing.router import Router
+from moe_lvlm.routing.router import TokenRouter
 from moe_lvlm.routing.types import Modality, RoutingContext
 
 
-class LongTailRouter(Router):
-    """Top-k routing in which vision tail tokens use their `tail_k` best experts (EEA: LTDR eq. 9, 11, 12).
+class LongTailRouter(TokenRouter):
+    """Top-k routing in which vision tail tokens use their `tail_k` best experts (EEA: LTDR eq. 9, 11, 12), or another
+    choice of vision tokens does (LTDR table 7).
 
     Departs from eq. 12 where `renormalize` is on: weights are renormalised over the experts chosen, so that experts
     copied from a dense FFN compute what the dense FFN did.
@@ -32,12 +33,24 @@ class LongTailRouter(Router):
     def num_slots(self) -> int:
         return self.top_k if self.settings.eea_select == "none" else max(self.top_k, self.tail_k)
 
+    @property
+    def needs_attention(self) -> bool:  # type: ignore[override]
+        return self.settings.eea_select == "instruction_aware"
+
     def count_experts(self, probs_TE: Tensor, context: RoutingContext) -> Tensor:
         if self.settings.eea_select == "none":
             return torch.full((probs_TE.shape[0],), self.top_k, device=probs_TE.device)
+        return torch.where(self._is_selected(probs_TE, context), self.tail_k, self.top_k)
+
+    def _is_selected(self, probs_TE: Tensor, context: RoutingContext) -> Tensor:
+        """Bool [T]: the vision tokens that use more experts."""
+        if self.settings.eea_select == "instruction_aware":
+            return instruction_tokens(context, share=self.settings.instruction_share)
         scope = self.settings.tail_scope if self.training else self.settings.eval_tail_scope
         is_tail_T = vision_tail(probs_TE, context, scope=scope, sum_over_ranks=self.sum_over_ranks)
-        return torch.where(is_tail_T, self.tail_k, self.top_k)
+        if self.settings.eea_select == "vision_head":
+            return (context.modality_T == Modality.VISION) & ~is_tail_T
+        return is_tail_T
 
 
 def routing_probability_variance(probs_TE: Tensor) -> Tensor:
@@ -74,3 +87,31 @@ def vision_tail(
     else:
         raise ValueError(f"tail scope: {scope!r}; allowed: batch, image, global")
     return is_vision_T & (rpv_T > mean_T)
+
+
+def instruction_tokens(context: RoutingContext, *, share: float) -> Tensor:
+    """Bool [T]: of each image with M tokens the ceil(share x M) to which the instruction attends most (IAT, LTDR table
+    7: 15 %); of equal ones the first.
+
+    Raises:
+        ValueError: the layer did not tell how much the instruction attends to each token.
+    """
+    if context.attention_BS is None:
+        raise ValueError(
+            "eea_select: instruction_aware needs the attention of the layer's instruction tokens; it is known inside a "
+            "decoder layer under model.attention: eager"
+        )
+    is_vision_T = context.modality_T == Modality.VISION
+    num_tokens = is_vision_T.shape[0]
+    # Everything else counts as one more image, the last
+    image_T = torch.where(is_vision_T, context.image_T, num_tokens).long()
+    by_attention_T = context.attention_BS.flatten().sort(descending=True, stable=True).indices
+    order_T = by_attention_T[image_T[by_attention_T].sort(stable=True).indices]
+    count_I = torch.bincount(image_T, minlength=num_tokens + 1)
+    first_I = count_I.cumsum(0) - count_I
+    rank_T = torch.empty_like(order_T)
+    rank_T[order_T] = torch.arange(num_tokens, device=order_T.device)
+    rank_T -= first_I[image_T]
+    # 0.07 x 100 is a little more than 7 in floating point
+    quota_I = (count_I.double() * share - 1e-9).ceil()
+    return is_vision_T & (rank_T < quota_I[image_T])

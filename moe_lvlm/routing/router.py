@@ -1,46 +1,20 @@
-"""What all token-choice routers share: the gate, the stable choice of the best experts, the weights of the chosen.
+"""What routers share: scores, the stable choice of the best experts, capacity, the weights of the chosen.
 
-T tokens   D model width   E experts   K slots a token
+T tokens   D model width   E experts   R routed rows (tokens or samples)   K slots a row   N samples
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moe_lvlm.config.moe import MoEConfig, RouterSettings
+from moe_lvlm.routing.capacity import drop_over_capacity, expert_capacity
+from moe_lvlm.routing.gates import build_gate
 from moe_lvlm.routing.types import Modality, RoutingContext, RoutingDecision
-
-
-class Gate(nn.Linear):
-    """A linear layer in float32, whatever its weight's type. A module of its own call, so that ZeRO-3 gathers it."""
-
-    def __init__(self, model_width: int, num_experts: int) -> None:
-        super().__init__(model_width, num_experts, bias=False)
-
-    def forward(self, input: Tensor) -> Tensor:
-        return _Float32Linear.apply(input, self.weight)
-
-
-class _Float32Linear(torch.autograd.Function):
-    """x w^T in float32, keeping x in its own type for the backward pass rather than a float32 copy."""
-
-    @staticmethod
-    def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
-        ctx.save_for_backward(x_TD, weight_ED)
-        with torch.autocast(x_TD.device.type, enabled=False):
-            return nn.functional.linear(x_TD.float(), weight_ED.float())
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_TD, weight_ED = ctx.saved_tensors
-        grad_x_TD = (grads[0] @ weight_ED.float()).to(x_TD.dtype) if ctx.needs_input_grad[0] else None
-        grad_weight_ED = (grads[0].t() @ x_TD.float()).to(weight_ED.dtype) if ctx.needs_input_grad[1] else None
-        return grad_x_TD, grad_weight_ED
 
 
 class Router(nn.Module, ABC):
@@ -49,55 +23,142 @@ class Router(nn.Module, ABC):
     Scores are float32 throughout: in bf16 two experts tie far too often for a stable choice. Padding takes no expert.
     """
 
+    # Whether the layer at hand must tell how much the instruction attends to each token (`RoutingContext.attention_BS`).
+    needs_attention = False
+
     def __init__(self, *, model_width: int, config: MoEConfig) -> None:
         super().__init__()
-        self.gate = Gate(model_width, config.num_experts)
+        self.model_width = model_width
         self.num_experts = config.num_experts
         self.top_k = config.top_k
         self.settings: RouterSettings = config.router
+        self.capacity_factor = config.capacity_factor
+        self.eval_capacity_factor = config.eval_capacity_factor
         # The identity on one process; parallel/ hands in a sum over the data-parallel ranks.
         self.sum_over_ranks: Callable[[Tensor], Tensor] = _identity
-        self.reset_parameters()
 
+    @abstractmethod
     def reset_parameters(self) -> None:
-        """Draw the gate anew: N(0, 0.02), or torch's initialisation of a linear layer (`init: linear`)."""
-        if self.settings.init == "normal":
-            nn.init.normal_(self.gate.weight, std=0.02)
-        else:
-            self.gate.reset_parameters()
+        """Draw all parameters anew from torch's generator."""
 
     @property
-    @abstractmethod
     def num_slots(self) -> int:
         """K: the most experts that one token can use."""
+        return self.top_k
+
+    @abstractmethod
+    def forward(self, x_TD: Tensor, context: RoutingContext) -> RoutingDecision:
+        """x_TD: hidden states of all tokens, as the experts get them. context: facts about the same tokens."""
+
+
+class GatedRouter(Router):
+    """A router whose probabilities are the softmax of a gate's scores (LTDR eq. 6)."""
+
+    def __init__(self, *, model_width: int, config: MoEConfig) -> None:
+        super().__init__(model_width=model_width, config=config)
+        self.gate = build_gate(self.gate_width, config.num_experts, config.router)
+
+    @property
+    def gate_width(self) -> int:
+        """Width of what the gate reads."""
+        return self.model_width
+
+    def reset_parameters(self) -> None:
+        self.gate.reset_parameters()
+
+    def rank_experts(self, logits_RE: Tensor, probs_RE: Tensor) -> tuple[Tensor, Tensor]:
+        """The K best experts of each row and their probabilities, both [R, K], best first.
+
+        logits_RE: -inf where an expert may not be chosen. With `second_choice_noise: gumbel` the second expert is drawn,
+        in training, from the softmax over all but the first.
+        """
+        # Below every probability, also one that has underflowed to 0
+        rank_RE = probs_RE.detach().masked_fill(logits_RE == -torch.inf, -1.0)
+        if self.training and self.settings.second_choice_noise == "gumbel":
+            first_R1 = rank_RE.sort(dim=-1, descending=True, stable=True).indices[:, :1]
+            gumbel_RE = -torch.empty_like(logits_RE).exponential_().log()
+            second_R1 = (logits_RE.detach() + gumbel_RE).scatter(1, first_R1, -torch.inf).argmax(dim=-1, keepdim=True)
+            rank_RE = rank_RE.scatter(1, second_R1, 2.0).scatter(1, first_R1, 3.0)
+        # A stable sort, not topk: equal scores go to the lowest index on every device.
+        order_RE = rank_RE.sort(dim=-1, descending=True, stable=True).indices
+        expert_ids_RK = order_RE[:, : self.num_slots]
+        return expert_ids_RK, probs_RE.gather(1, expert_ids_RK)
+
+    def weigh(self, probs_RK: Tensor, chosen_RK: Tensor, keep_RK: Tensor) -> Tensor:
+        """Weights of the chosen experts, as the settings say."""
+        return combine_weights(
+            probs_RK,
+            keep_RK,
+            chosen_TK=chosen_RK,
+            renormalize=self.settings.renormalize,
+            straight_through=self.settings.top1_weight == "straight_through",
+        )
+
+
+class TokenRouter(GatedRouter):
+    """Decides for each token by itself."""
 
     @abstractmethod
     def count_experts(self, probs_TE: Tensor, context: RoutingContext) -> Tensor:
         """Int64 [T]: how many experts each token uses; what it says of padding is not read."""
 
+    def mask_scores(self, logits_TE: Tensor, context: RoutingContext) -> Tensor:
+        """The scores with -inf where a token may not choose an expert."""
+        return logits_TE
+
     def forward(self, x_TD: Tensor, context: RoutingContext) -> RoutingDecision:
         logits_TE = self.gate(x_TD)
-        probs_TE = logits_TE.softmax(dim=-1)
-        # A stable sort, not topk: equal scores go to the lowest index on every device.
-        sorted_TE, order_TE = probs_TE.sort(dim=-1, descending=True, stable=True)
-        expert_ids_TK = order_TE[:, : self.num_slots]
-
+        masked_TE = self.mask_scores(logits_TE, context)
+        probs_TE = masked_TE.softmax(dim=-1)
+        expert_ids_TK, sorted_TK = self.rank_experts(masked_TE, probs_TE)
         num_experts_T = self.count_experts(probs_TE.detach(), context)
         is_token_T1 = (context.modality_T != Modality.PADDING)[:, None]
-        keep_TK = torch.arange(self.num_slots, device=x_TD.device) < num_experts_T[:, None]
-        keep_TK = keep_TK & is_token_T1
-        weights_TK = combine_weights(
-            sorted_TE[:, : self.num_slots],
-            keep_TK,
-            renormalize=self.settings.renormalize,
-            straight_through=self.settings.top1_weight == "straight_through",
-        )
-        return RoutingDecision(logits_TE, probs_TE, expert_ids_TK, weights_TK, keep_TK)
+        chosen_TK = torch.arange(self.num_slots, device=x_TD.device) < num_experts_T[:, None]
+        chosen_TK = chosen_TK & is_token_T1
+        keep_TK, dropped_TK = chosen_TK, None
+        if self.capacity_factor is not None:
+            factor = self.capacity_factor if self.training else self.eval_capacity_factor
+            capacity = expert_capacity(x_TD.shape[0], self.num_experts, top_k=self.top_k, factor=factor)
+            keep_TK = drop_over_capacity(expert_ids_TK, chosen_TK, num_experts=self.num_experts, capacity=capacity)
+            dropped_TK = chosen_TK & ~keep_TK
+        weights_TK = self.weigh(sorted_TK, chosen_TK, keep_TK)
+        return RoutingDecision(logits_TE, probs_TE, expert_ids_TK, weights_TK, keep_TK, dropped_RK=dropped_TK)
 
 
-def combine_weights(probs_TK: Tensor, keep_TK: Tensor, *, renormalize: bool, straight_through: bool) -> Tensor:
+class SampleRouter(GatedRouter):
+    """Decides once for all tokens of a sample."""
+
+    @abstractmethod
+    def describe_samples(self, x_TD: Tensor, context: RoutingContext, num_samples: int) -> Tensor:
+        """What the gate reads of each sample, [num_samples, gate width].
+
+        Without any sample one row of whatever kind: every rank must call the same modules.
+
+        Raises:
+            ValueError: the context does not hold what the decision rests on.
+        """
+
+    def forward(self, x_TD: Tensor, context: RoutingContext) -> RoutingDecision:
+        num_samples = context.count_samples()
+        logits_NE = self.gate(self.describe_samples(x_TD, context, num_samples))
+        probs_NE = logits_NE.softmax(dim=-1)
+        expert_ids_NK, sorted_NK = self.rank_experts(logits_NE, probs_NE)
+        keep_NK = torch.full_like(expert_ids_NK, num_samples > 0, dtype=torch.bool)
+        weights_NK = self.weigh(sorted_NK, keep_NK, keep_NK)
+        return RoutingDecision(logits_NE, probs_NE, expert_ids_NK, weights_NK, keep_NK, level="sample")
+
+
+def combine_weights(
+    probs_TK: Tensor,
+    keep_TK: Tensor,
+    *,
+    chosen_TK: Tensor | None = None,
+    renormalize: bool,
+    straight_through: bool,
+) -> Tensor:
     """Weights of the chosen experts [T, K], 0 where a slot is not kept.
 
+    chosen_TK: slots before any was dropped for want of capacity; None says that none was.
     renormalize: probabilities over the sum of the kept ones, so that equal experts compute what one of them does; not
         LTDR eq. 7, which takes them as they are.
     straight_through: with one expert the renormalised weight would be the constant 1, and the router would learn
@@ -106,9 +167,9 @@ def combine_weights(probs_TK: Tensor, keep_TK: Tensor, *, renormalize: bool, str
     kept_TK = probs_TK * keep_TK
     if not renormalize:
         return kept_TK
-    weights_TK = kept_TK / kept_TK.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(kept_TK.dtype).tiny)
-    has_one_T1 = keep_TK.sum(dim=-1, keepdim=True) == 1
     floor = torch.finfo(kept_TK.dtype).tiny
+    weights_TK = kept_TK / kept_TK.sum(dim=-1, keepdim=True).clamp_min(floor)
+    has_one_T1 = (keep_TK if chosen_TK is None else chosen_TK).sum(dim=-1, keepdim=True) == 1
     single_TK = kept_TK / kept_TK.detach().clamp_min(floor) if straight_through else kept_TK
     return torch.where(has_one_T1, single_TK, weights_TK)
 

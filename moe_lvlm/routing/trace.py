@@ -2,17 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
 
-from moe_lvlm.routing.types import RoutingContext, RoutingDecision
-
-
-class Site(NamedTuple):
-    """Where a decision was made: the part of the model, and the index of the layer in it."""
-
-    part: str
-    layer: int
+from moe_lvlm.routing.types import RoutingContext, RoutingDecision, Site
 
 
 class RoutingTrace:
@@ -34,6 +26,10 @@ class RoutingTrace:
 
     def __len__(self) -> int:
         return len(self._decisions)
+
+    def decisions(self) -> Mapping[Site, RoutingDecision]:
+        """All decisions by site."""
+        return dict(self._decisions)
 
     def items(self) -> Iterator[tuple[Site, RoutingDecision]]:
         """In the order in which the sites were passed."""

@@ -6,12 +6,20 @@ R routed rows (tokens, or samples for sample-level routers)   K slots a row
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Site(NamedTuple):
+    """Where a decision is made: the part of the model, and the index of the layer in it."""
+
+    part: str
+    layer: int
 
 
 class Modality(IntEnum):
@@ -31,16 +39,25 @@ class RoutingContext:
     modality_BS: int8, a `Modality` each.
     image_BS: int32, index in the batch of the image that a vision token belongs to, -1 elsewhere.
     sample_BS: int32, index in the batch of the sample that a token belongs to, -1 at padding.
+    num_samples: how many samples there are, 0 to N; None where nobody counted them.
     instruction_BS: bool, tokens of the user's turns, or None if not known.
-    task_N: int64, task of each sample, or None. cluster_N: int64, its instruction cluster, or None.
+    task_N: int64, task of each sample, -1 where it has none; or None if not known.
+    cluster_N: int64, its instruction cluster; or None if not known.
+    attention_BS: float32, how much the instruction attends to each token in the layer at hand, None where no router
+        wants to know (LTDR's IAT). The one fact that differs between layers.
+    prompt: what was decided for each sample at each site when its prompt was read; None unless this call goes on after
+        cached positions. Routers that decide for whole samples decide once.
     """
 
     modality_BS: Tensor
     image_BS: Tensor
     sample_BS: Tensor
+    num_samples: int | None = None
     instruction_BS: Tensor | None = None
     task_N: Tensor | None = None
     cluster_N: Tensor | None = None
+    attention_BS: Tensor | None = None
+    prompt: Mapping[Site, RoutingDecision] | None = None
 
     @property
     def modality_T(self) -> Tensor:
@@ -60,7 +77,8 @@ class RoutingContext:
         def move(value: Tensor | None) -> Tensor | None:
             return None if value is None else value.to(device, non_blocking=True)
 
-        return RoutingContext(
+        return replace(
+            self,
             modality_BS=self.modality_BS.to(device, non_blocking=True),
             image_BS=self.image_BS.to(device, non_blocking=True),
             sample_BS=self.sample_BS.to(device, non_blocking=True),
@@ -68,6 +86,12 @@ class RoutingContext:
             task_N=move(self.task_N),
             cluster_N=move(self.cluster_N),
         )
+
+    def count_samples(self) -> int:
+        """The number of samples, counted where nobody did: a look of the host at the device."""
+        if self.num_samples is not None:
+            return self.num_samples
+        return int(self.sample_BS.max()) + 1 if self.sample_BS.numel() else 0
 
     @staticmethod
     def all_language(shape_BS: tuple[int, int], device: torch.device) -> RoutingContext:
@@ -78,6 +102,7 @@ class RoutingContext:
             modality_BS=torch.full(shape_BS, int(Modality.LANGUAGE), dtype=torch.int8, device=device),
             image_BS=torch.full(shape_BS, -1, dtype=torch.int32, device=device),
             sample_BS=sample_B[:, None].expand(batch, sequence),
+            num_samples=batch,
         )
 
 
@@ -89,7 +114,15 @@ class RoutingDecision(NamedTuple):
     expert_ids_RK: int64, best first. A slot that keep_RK leaves out carries no row and weight 0.
     weights_RK: float32, in the combination of expert outputs.
     keep_RK: bool; the number of kept slots may differ from row to row, and is 0 at padding.
-    level: what a row is.
+    level: what a row is: a token of the batch, or a sample, all of whose tokens go the same way.
+    dropped_RK: bool, slots that were chosen and left out for want of capacity; None where nothing is ever dropped.
+    penalty: float32 scalar, an auxiliary loss of the router itself, coefficient and all; None if it has none.
+    unrouted_D: float32, detached, sum of the hidden states of tokens that want an expert and take none; None where a
+        router does not ask for new experts.
+    probe_RK: float32 zeros, whose gradient the experts answer with cosines of gradients (`ExpertRows`, STGC); None
+        where the router does not ask.
+    conflict_RK: bool, kept slots whose token is in conflict at their expert (STGC); all False until the backward pass
+        writes into it. None where the router does not ask.
     """
 
     logits_RE: Tensor
@@ -98,14 +131,46 @@ class RoutingDecision(NamedTuple):
     weights_RK: Tensor
     keep_RK: Tensor
     level: Literal["token", "sample"] = "token"
+    dropped_RK: Tensor | None = None
+    penalty: Tensor | None = None
+    unrouted_D: Tensor | None = None
+    probe_RK: Tensor | None = None
+    conflict_RK: Tensor | None = None
 
     def detach(self) -> RoutingDecision:
         """The same decision outside the graph."""
-        return RoutingDecision(
-            self.logits_RE.detach(),
-            self.probs_RE.detach(),
-            self.expert_ids_RK,
-            self.weights_RK.detach(),
-            self.keep_RK,
-            self.level,
+        return self._replace(
+            logits_RE=self.logits_RE.detach(),
+            probs_RE=self.probs_RE.detach(),
+            weights_RK=self.weights_RK.detach(),
+            penalty=None if self.penalty is None else self.penalty.detach(),
+            probe_RK=None if self.probe_RK is None else self.probe_RK.detach(),
+        )
+
+    def by_token(self, context: RoutingContext) -> RoutingDecision:
+        """The same decision with a row a token, 0 and nothing kept at padding.
+
+        Raises:
+            ValueError: a token-level decision about another number of tokens.
+        """
+        sample_T = context.sample_T
+        if self.level == "token":
+            if self.probs_RE.shape[0] != sample_T.shape[0]:
+                raise ValueError(
+                    f"the decision has {self.probs_RE.shape[0]} rows and the context {sample_T.shape[0]} tokens; "
+                    "a token-level decision needs one row a token"
+                )
+            return self
+        is_token_T1 = (sample_T >= 0)[:, None]
+        row_T = sample_T.clamp(min=0).long()
+        first_K = torch.arange(self.expert_ids_RK.shape[1], device=sample_T.device)
+        return self._replace(
+            logits_RE=self.logits_RE[row_T] * is_token_T1,
+            probs_RE=self.probs_RE[row_T] * is_token_T1,
+            # any distinct experts do where none is kept
+            expert_ids_RK=self.expert_ids_RK[row_T].where(is_token_T1, first_K),
+            weights_RK=self.weights_RK[row_T] * is_token_T1,
+            keep_RK=self.keep_RK[row_T] & is_token_T1,
+            level="token",
+            dropped_RK=None if self.dropped_RK is None else self.dropped_RK[row_T] & is_token_T1,
         )

@@ -9,6 +9,7 @@ from transformers import LlavaProcessor
 
 from moe_lvlm.checkpoint.source import open_source
 from moe_lvlm.config.recipe import Recipe
+from moe_lvlm.data.mixture import open_clusters
 from moe_lvlm.models.build import (
     build_config,
     build_dense,
@@ -18,6 +19,7 @@ from moe_lvlm.models.build import (
     is_plain_llava,
     load_plain_llava,
 )
+from moe_lvlm.models.clusters import start_clusters
 from moe_lvlm.models.config import MoELlavaConfig
 from moe_lvlm.models.llava import MoELlavaForConditionalGeneration
 from moe_lvlm.models.load import find_model
@@ -58,17 +60,21 @@ def build_stage_model(
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(router_seed(recipe))
                 upcycle(model, recipe.moe)
+            _start_clusters(model, recipe)
         select_trainable(model, recipe.stages[stage].train)
         bind_expert_parallel(model, size, zero_stage=zero_stage)
         return model.to(device)
     config = config_of(folder)
-    if not _is_of_stage(recipe, stage, checkpoint):
+    begins = not _is_of_stage(recipe, stage, checkpoint)
+    if begins:
         config = _begin_stage(recipe, stage, config)
     config._attn_implementation = choose_attention(recipe.model.attention)
     model = build_empty(config)
     select_trainable(model, recipe.stages[stage].train)
     bind_expert_parallel(model, size, zero_stage=zero_stage)
     load_weights(model, open_source(folder), device=device, dtype=dtype, router_seed=router_seed(recipe))
+    if begins and recipe.stages[stage].upcycle:
+        _start_clusters(model, recipe)
     return model
 
 
@@ -93,6 +99,14 @@ def run_processor(recipe: Recipe) -> LlavaProcessor:
 def router_seed(recipe: Recipe) -> int:
     """Where new routers are drawn from; not what projectors are drawn from."""
     return recipe.seed + 1
+
+
+def _start_clusters(model: MoELlavaForConditionalGeneration, recipe: Recipe) -> None:
+    """Give new cluster routers the centres of the recipe's table. The plan has refused a recipe without one."""
+    if recipe.moe.router.kind == "cluster":
+        table = open_clusters(recipe.data)
+        assert table is not None, "router cluster without data.clusters"
+        start_clusters(model, torch.from_numpy(table.centres_KW))
 
 
 def _is_of_stage(recipe: Recipe, stage: int, checkpoint: Path | None) -> bool:

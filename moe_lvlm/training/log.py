@@ -59,6 +59,12 @@ class RunLog:
                 total = max(sum(counts), 1)
                 for expert, count in enumerate(counts):
                     self._board.add_scalar(f"expert_load/{layer}/{modality}/{expert}", count / total, step)
+        for layer, conflicts in (values.get("conflicts") or {}).items():
+            for modality, counts in conflicts.items():
+                share = sum(counts) / max(sum(values["expert_load"][layer][modality]), 1)
+                self._board.add_scalar(f"conflict_share/{layer}/{modality}", share, step)
+        for modality, share in _dropped_shares(values).items():
+            self._board.add_scalar(f"dropped_share/{modality}", share, step)
         for layer, share in (values.get("tail_share") or {}).items():
             self._board.add_scalar(f"tail_share/{layer}", share, step)
 
@@ -83,7 +89,9 @@ class RunLog:
 
     def show(self, stage: str, step: int, total: int, values: dict[str, Any]) -> None:
         """A logged step's numbers: on the bar, or as a line where there is no terminal."""
-        numbers = f"loss {values['loss']:.4f}  {values['tokens_per_second']:,.0f} tokens/s{_load(values)}"
+        numbers = (
+            f"loss {values['loss']:.4f}  {values['tokens_per_second']:,.0f} tokens/s{_load(values)}{_dropped(values)}"
+        )
         if self._bar is not None and self._task is not None:
             self._bar.update(self._task, numbers=numbers)
         else:
@@ -127,3 +135,20 @@ def _load(values: dict[str, Any]) -> str:
     totals = [sum(column) for column in zip(*(c for layer in loads.values() for c in layer.values()), strict=True)]
     whole = max(sum(totals), 1)
     return "  experts " + "/".join(f"{100 * total / whole:.0f}" for total in totals) + " %"
+
+
+def _dropped_shares(values: dict[str, Any]) -> dict[str, float]:
+    """Share of each modality's assignments, over all layers, that found no room; empty where nothing is ever dropped."""
+    dropped, kept = values.get("dropped") or {}, values.get("expert_load") or {}
+    lost: dict[str, int] = {}
+    chosen: dict[str, int] = {}
+    for layer, by_modality in dropped.items():
+        for modality, counts in by_modality.items():
+            lost[modality] = lost.get(modality, 0) + sum(counts)
+            chosen[modality] = chosen.get(modality, 0) + sum(counts) + sum(kept[layer][modality])
+    return {modality: lost[modality] / total for modality, total in chosen.items() if total}
+
+
+def _dropped(values: dict[str, Any]) -> str:
+    shares = _dropped_shares(values)
+    return "".join(f"  {modality} dropped {100 * share:.1f}%" for modality, share in shares.items())

@@ -25,12 +25,13 @@ from moe_lvlm.config.deepspeed import resolve_deepspeed
 from moe_lvlm.config.recipe import Recipe, StageSettings
 from moe_lvlm.data.ledger import BadSampleLedger
 from moe_lvlm.data.loader import MicroBatch, StepLoader
-from moe_lvlm.data.mixture import build_dataset
+from moe_lvlm.data.mixture import build_dataset, needed_data
 from moe_lvlm.data.order import StepOrder
 from moe_lvlm.models.processor import num_image_tokens
 from moe_lvlm.parallel.engine import start_engine
 from moe_lvlm.parallel.process_group import World
-from moe_lvlm.training.build import build_stage_model
+from moe_lvlm.training.adaptation import ExpertAdaptation
+from moe_lvlm.training.build import build_stage_model, stage_config
 from moe_lvlm.training.folder import BAD_SAMPLES, CHECKPOINTS
 from moe_lvlm.training.interrupt import Interrupt
 from moe_lvlm.training.log import RunLog
@@ -73,13 +74,13 @@ class Stage:
         self._ledger = BadSampleLedger(run.folder / BAD_SAMPLES, limit=ledger_limit, epoch_size=self._order.epoch_size)
         self._skipped_in_a_row = 0
         self._saved = None if checkpoint is None else checkpoint.name
-        self._engine = self._start(checkpoint)
+        self._engine, self._adaptation = self._start(checkpoint)
 
     def _open_data(self) -> tuple[StepOrder, StepLoader]:
         recipe, settings = self._run.recipe, self._settings
         seed = recipe.seed * 1000 + self.state.stage
         dataset, collator = build_dataset(
-            recipe.data,
+            needed_data(recipe.data, stage_config(recipe, self.state.stage).moe_config),
             settings.mixture or recipe.data.mixture,
             settings.template or recipe.data.template,
             self._run.processor,
@@ -98,7 +99,7 @@ class Stage:
         )
         return order, loader
 
-    def _start(self, checkpoint: Path | None) -> Any:
+    def _start(self, checkpoint: Path | None) -> tuple[Any, ExpertAdaptation]:
         recipe, world = self._run.recipe, self._run.world
         deepspeed = resolve_deepspeed(recipe, self._settings, world.size)
         model = build_stage_model(
@@ -120,6 +121,7 @@ class Stage:
             config=deepspeed,
         )
         torch.manual_seed((recipe.seed * 1000 + self.state.stage) * 100_003 + self.state.step * 1009 + world.rank)
+        adaptation = ExpertAdaptation(engine.module, is_new_stage=self.state.step == 0)
         if checkpoint is not None and self.state.step > 0:
             opened = Checkpoint(checkpoint)
             restore_training_state(live_engine(engine), opened)
@@ -139,7 +141,7 @@ class Stage:
             trainable=sum(group.trainable for group in groups),
             total=sum(group.count for group in groups),
         )
-        return engine
+        return engine, adaptation
 
     def run(self) -> bool:
         """Train to the end of the stage and save. Returns whether it was reached; False: stopped early, and saved."""
@@ -182,13 +184,35 @@ class Stage:
         if train.loss_average == "step":
             divisor = max(counts.supervised, 1) / self._order.num_micro_batches
         skipped = self._engine.skipped_steps
-        losses = run_step(self._engine, micro_batches, divisor=divisor, device=self._run.world.device, counter=counter)
+        losses = run_step(
+            self._engine,
+            micro_batches,
+            divisor=divisor,
+            device=self._run.world.device,
+            counter=counter,
+            adaptation=self._adaptation,
+        )
         norm = self._engine.get_global_grad_norm()
-        self._check_finite(None if norm is None else float(norm), has_skipped=self._engine.skipped_steps > skipped)
+        has_skipped = self._engine.skipped_steps > skipped
+        self._check_finite(None if norm is None else float(norm), has_skipped=has_skipped)
+        self._adapt_experts(has_skipped=has_skipped)
         self.state = self.state.after_step(samples=self._settings.global_batch, bad=counts.bad, tokens=counts.tokens)
         if counter is not None:
             self._log_step(losses, counter, rate, None if norm is None else float(norm), since, tokens)
         return is_logged
+
+    def _adapt_experts(self, *, has_skipped: bool) -> None:
+        step = self.state.step + 1
+        report = self._adaptation.finish_step(step, lambda: live_engine(self._engine), has_skipped=has_skipped)
+        if report is None:
+            return
+        self._run.log.event("experts", stage=self._settings.name, step=step, layers=report)
+        for layer, values in report.items():
+            if values["added"] or values["removed"]:
+                self._run.log.say(
+                    f"step {step}, layer {layer}: experts added {values['added']}, removed {values['removed']}; "
+                    f"{values['active']} active"
+                )
 
     def _log_step(
         self,

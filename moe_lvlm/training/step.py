@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moe_lvlm.analysis.measures import LoadCounter
 from moe_lvlm.data.loader import MicroBatch
+from moe_lvlm.training.adaptation import ExpertAdaptation
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +60,15 @@ def run_step(
     divisor: float | None,
     device: torch.device,
     counter: LoadCounter | None,
+    adaptation: ExpertAdaptation | None = None,
 ) -> StepLosses:
     """Forward, backward and one optimizer step.
 
     divisor: of each micro-batch's summed token losses. DeepSpeed averages over micro-batches and ranks, so the step's
     supervised tokens over its number of micro-batches gives the mean over the step's tokens. None averages each
-    micro-batch by itself. counter: takes the routing of every micro-batch, if given.
+    micro-batch by itself. counter, adaptation: take the routing of every micro-batch, if given.
     """
+    is_adapting = adaptation is not None and adaptation.is_needed
     language = torch.zeros((), device=device)
     balance: Tensor | None = None
     dtype = next(engine.module.parameters()).dtype
@@ -73,7 +76,7 @@ def run_step(
         output = engine(
             **to_device(micro_batch.batch, device, dtype),
             num_items_in_batch=None if divisor is None else torch.tensor(divisor, device=device),
-            output_routing=counter is not None,
+            output_routing=counter is not None or is_adapting,
             use_cache=False,
         )
         engine.backward(output.loss)
@@ -83,6 +86,8 @@ def run_step(
             balance = output.balance_loss.detach() + (0 if balance is None else balance)
         if counter is not None and output.routing is not None:
             counter.update(output.routing.detach())
+        if adaptation is not None and is_adapting:
+            adaptation.count(output.routing)
     return StepLosses(language, balance)
 
 

@@ -15,28 +15,36 @@ _PREFIXES = {
     "vision_tower": ("model.vision_tower.",),
     "language_model": ("model.language_model.", "lm_head."),
 }
-PARTS = (*_PREFIXES, "moe", "router", "experts", "dense_ffn")
+# What MoE-LLaVA's released code trains in stage III, where its paper says the MoE layers alone: it picks FFNs by a match
+# of names, which keeps those of dense layers, and switches the projector on again afterwards.
+_RELEASED = ("moe", "dense_ffn", "connector")
+PARTS = (*_PREFIXES, "moe", "router", "experts", "dense_ffn", "released")
 
 
 def select_trainable(model: nn.Module, parts: Sequence[str]) -> None:
     """Set `requires_grad` of every parameter: True for those that `parts` name, False for the rest.
 
     parts: connector, vision_tower, language_model (with its head), moe (routers, experts, shared experts), router,
-    experts (with shared experts), dense_ffn (FFNs of the layers that stayed dense), or `re:<expression>`, searched
-    for in parameter names.
+    experts (with shared experts), dense_ffn (FFNs of the layers that stayed dense), released (moe, dense_ffn and
+    connector: what MoE-LLaVA's released code trains in stage III), or `re:<expression>`, searched for in parameter
+    names.
 
     Raises:
         ValueError: an unknown part, no regular expression, or one that names no parameter of this model.
     """
     names = [name for name, _ in model.named_parameters()]
     chosen: set[str] = set()
-    for part in parts:
+    for part in _without_aliases(parts):
         found = _names_of(model, names, part)
         if not found:
             raise ValueError(f"train: {part!r} names no parameter of this model (is a stage with upcycle missing?)")
         chosen |= found
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in chosen)
+
+
+def _without_aliases(parts: Iterable[str]) -> list[str]:
+    return [name for part in parts for name in (_RELEASED if part == "released" else (part,))]
 
 
 def _names_of(model: nn.Module, names: Iterable[str], part: str) -> set[str]:

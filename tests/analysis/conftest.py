@@ -16,8 +16,8 @@ from PIL import Image, ImageDraw
 from moe_lvlm.analysis.examples import ExampleStore
 from moe_lvlm.analysis.foreground import pool_patches
 from moe_lvlm.analysis.statistics import RoutingStatistics
-from moe_lvlm.routing.trace import RoutingTrace, Site
-from moe_lvlm.routing.types import Modality, RoutingContext, RoutingDecision
+from moe_lvlm.routing.trace import RoutingTrace
+from moe_lvlm.routing.types import Modality, RoutingContext, RoutingDecision, Site
 
 STAGES = (("align", 60), ("tune", 120), ("moe", 90))
 GRID = 6

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from moe_lvlm.analysis.examples import ExampleStore, displayable
-from moe_lvlm.routing.trace import RoutingTrace, Site
+from moe_lvlm.routing.trace import RoutingTrace
+from moe_lvlm.routing.types import Site
 
 SITE = Site("language_model", 2)
 

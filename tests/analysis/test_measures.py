@@ -14,10 +14,9 @@ from moe_lvlm.analysis.measures import (
     routing_entropy,
     tail_by_site,
     tail_flags,
-    token_routing,
 )
-from moe_lvlm.routing.trace import RoutingTrace, Site
-from moe_lvlm.routing.types import RoutingContext, RoutingDecision
+from moe_lvlm.routing.trace import RoutingTrace
+from moe_lvlm.routing.types import RoutingContext, RoutingDecision, Site
 
 SITE = Site("language_model", 2)
 LANGUAGE_LOAD, VISION_LOAD = [3, 2, 0, 1], [5, 5, 2, 2]
@@ -29,7 +28,7 @@ def test_tail_is_above_the_mean_of_its_own_image(hand_trace: RoutingTrace) -> No
 
 
 def test_expert_load_counts_kept_slots_by_modality(hand_trace: RoutingTrace) -> None:
-    routing = token_routing(hand_trace[SITE], hand_trace.context.sample_T)
+    routing = hand_trace[SITE].by_token(hand_trace.context)
     assert expert_load(routing, hand_trace.context.modality_T).tolist() == [LANGUAGE_LOAD, VISION_LOAD]
 
 
@@ -63,6 +62,18 @@ def test_load_counter_adds_micro_batches_and_leaves_traces_alone(hand_trace: Rou
     assert [tensor.tolist() for tensor in counter.tensors()] == [[[9, 6, 0, 3], [15, 15, 6, 6]], [6, 15]]
 
 
+def test_load_counter_counts_conflicts_where_the_router_looks_for_them(hand_trace: RoutingTrace) -> None:
+    conflict_TK = torch.zeros(10, 4, dtype=torch.bool)
+    conflict_TK[[1, 1, 7], [0, 3, 0]] = True  # vision at experts 0 and 3, language at expert 3
+    trace = RoutingTrace(hand_trace.context)
+    trace.record(SITE, hand_trace[SITE]._replace(conflict_RK=conflict_TK))
+    counter = LoadCounter()
+    counter.update(trace)
+    counter.update(trace)
+    assert counter.summary()["conflicts"] == {"2": {"language": [0, 0, 0, 2], "vision": [2, 0, 0, 2]}}
+    assert [[0, 0, 0, 2], [2, 0, 0, 2]] in [tensor.tolist() for tensor in counter.tensors()]
+
+
 def test_load_counter_sums_over_ranks_in_place(hand_trace: RoutingTrace) -> None:
     counter = LoadCounter()
     counter.update(hand_trace)
@@ -89,15 +100,15 @@ def test_sample_level_decision_counts_for_every_token_of_its_sample(hand_trace: 
     decision = RoutingDecision(
         probs.log(), probs, torch.tensor([[0], [1]]), torch.ones(2, 1), torch.ones(2, 1).bool(), "sample"
     )
-    routing = token_routing(decision, hand_trace.context.sample_T)
+    routing = decision.by_token(hand_trace.context)
     # Sample 0: one language, three vision tokens; sample 1: two of each; padding counts nowhere.
     assert expert_load(routing, hand_trace.context.modality_T).tolist() == [[1, 2], [3, 2]]
-    assert routing.probs_TE[4].tolist() == [0.0, 0.0]
+    assert routing.probs_RE[4].tolist() == [0.0, 0.0]
 
 
 def test_rows_that_are_not_tokens_are_refused(hand_trace: RoutingTrace) -> None:
     with pytest.raises(ValueError, match="10 rows and the context 3 tokens"):
-        token_routing(hand_trace[SITE], torch.zeros(3, dtype=torch.int32))
+        hand_trace[SITE].by_token(RoutingContext.all_language((1, 3), torch.device("cpu")))
 
 
 def test_tail_by_site_gives_one_image_in_patch_order(hand_trace: RoutingTrace) -> None:

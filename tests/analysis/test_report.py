@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from moe_lvlm.analysis.report import write_report
@@ -153,3 +154,39 @@ def test_folder_that_is_no_run_is_refused(run_maker: RunMaker, tmp_path: Path, n
 def test_missing_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no such folder"):
         write_report(tmp_path / "none")
+
+
+def test_what_was_dropped_is_told_by_modality(run_maker: RunMaker, tmp_path: Path) -> None:
+    run = run_maker(tmp_path / "run", layers=(2,))
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["moe"]["capacity_factor"] = 1.5
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    (path,) = run.glob("eval/*/routing.npz")
+    with np.load(path) as old:
+        arrays = dict(old)
+    arrays["0.load"] = np.array([[60, 39, 0, 0], [100, 50, 25, 25]])
+    arrays["0.dropped"] = np.array([[1, 0, 0, 0], [0, 50, 0, 0]])
+    np.savez(path, **arrays)
+    page = write_report(run).read_text()
+    # one of 100 language assignments, fifty of 250 vision ones
+    assert "Dropped for want of capacity" in page
+    assert '<td>2</td><td class="number">1.00 %</td><td class="number">20.00 %</td>' in page
+
+
+def test_experts_that_came_and_went_are_counted(run_maker: RunMaker, tmp_path: Path) -> None:
+    run = run_maker(tmp_path / "run")
+
+    def event(step: int, active: int, added: list[int], removed: list[int]) -> str:
+        layers = {"2": {"active": active, "added": added, "removed": removed, "taken": [], "unrouted": 0}}
+        return json.dumps({"event": "experts", "stage": "moe", "step": step, "layers": layers}) + "\n"
+
+    with (run / "log.jsonl").open("a") as log:
+        log.write(event(10, 3, [], [1]))
+        log.write(event(20, 2, [], [0]))
+        log.write(event(20, 4, [1], []))  # the same step again, after a resume
+    page = write_report(run).read_text()
+    assert "Experts that came and went" in page
+    row = re.search(r"<tr><td>2</td>((?:\s*<td class=\"number\">\d+</td>)+)</tr>", page)
+    assert row is not None
+    # active at last 4; added once, dropped once; looked twice
+    assert re.findall(r"\d+", row[1]) == ["4", "1", "1", "2"]

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from moe_lvlm.analysis.statistics import NUM_BINS, RoutingStatistics, highest_variance
-from moe_lvlm.routing.trace import RoutingTrace, Site
-from moe_lvlm.routing.types import Modality, RoutingContext, RoutingDecision
+from moe_lvlm.routing.trace import RoutingTrace
+from moe_lvlm.routing.types import Modality, RoutingContext, RoutingDecision, Site
 
 SITE = Site("language_model", 2)
 FOREGROUND = [np.array([1.0, 0.0, 0.4]), np.array([0.2, 0.9])]
@@ -26,6 +26,9 @@ def test_values_worked_by_hand(hand_trace: RoutingTrace) -> None:
     assert site.tail_share == 0.4
     assert site.mean_rpv(Modality.LANGUAGE) == pytest.approx((0.0625 + 0.1875 + 0) / 3)
     assert site.mean_rpv(Modality.VISION) == pytest.approx((0.1875 + 0 + 0.0625 + 0.0625 + 0) / 5)
+    # the tail: SURE of image 0, HALF of image 1; the head: EVEN, HALF, EVEN
+    assert site.mean_tail_rpv == pytest.approx((0.1875 + 0.0625) / 2)
+    assert site.mean_head_rpv == pytest.approx(0.0625 / 3)
     assert site.mean_entropy(Modality.VISION) == pytest.approx((2 * math.log(4) + 2 * math.log(2)) / 5)
     found = site.foreground_agreement()
     assert found is not None
@@ -127,6 +130,40 @@ def test_npz_round_trip(hand_trace: RoutingTrace, tmp_path: Path) -> None:
     assert loaded[SITE].tokens.tolist() == [9, 15, 6]
 
 
+def test_file_of_format_1_is_read_without_the_tail_sums(hand_trace: RoutingTrace, tmp_path: Path) -> None:
+    statistics = RoutingStatistics()
+    statistics.update(hand_trace)
+    statistics.to_npz(tmp_path / "new.npz")
+    with np.load(tmp_path / "new.npz") as arrays:
+        old = {name: value for name, value in arrays.items() if "tail_rpv_sum" not in name and "dropped" not in name}
+    np.savez(tmp_path / "old.npz", **(old | {"format": np.array(1)}))
+    loaded = RoutingStatistics.from_npz(tmp_path / "old.npz")
+    site = loaded[SITE]
+    assert (site.mean_tail_rpv, site.mean_head_rpv) == (None, None)
+    assert site.tail_share == 0.4
+    assert site.dropped.sum() == 0  # there was no capacity then
+    loaded.merge(statistics)
+    assert loaded[SITE].mean_tail_rpv is None  # half of it is still unknown
+
+
+def test_dropped_assignments_are_kept_apart(hand_trace: RoutingTrace) -> None:
+    decision = hand_trace[SITE]
+    dropped_TK = torch.zeros_like(decision.keep_RK)
+    dropped_TK[1, 0] = True  # a vision token's first choice
+    trace = RoutingTrace(hand_trace.context)
+    trace.record(SITE, decision._replace(keep_RK=decision.keep_RK & ~dropped_TK, dropped_RK=dropped_TK))
+    statistics = RoutingStatistics()
+    statistics.update(trace)
+    whole = RoutingStatistics()
+    whole.update(hand_trace)
+    expert = int(decision.expert_ids_RK[1, 0])
+    assert statistics[SITE].dropped.nonzero() == (np.array([1]), np.array([expert]))
+    assert ((statistics[SITE].load + statistics[SITE].dropped) == whole[SITE].load).all()
+    # one of the vision tokens' 14 assignments (test_measures)
+    assert statistics[SITE].dropped_share(Modality.VISION) == 1 / 14
+    assert statistics[SITE].dropped_share(Modality.LANGUAGE) == 0
+
+
 def test_nothing_round_trips_too(tmp_path: Path) -> None:
     RoutingStatistics().to_npz(tmp_path / "routing.npz")
     assert len(RoutingStatistics.from_npz(tmp_path / "routing.npz")) == 0
@@ -153,5 +190,5 @@ def assert_equal(left: RoutingStatistics, right: RoutingStatistics) -> None:
     assert [site for site, _ in left.items()] == [site for site, _ in right.items()]
     for site, ours in left.items():
         theirs = right[site]
-        for name in ("load", "tokens", "histogram", "rpv_sum", "entropy_sum", "agreement", "auc"):
+        for name in ("load", "tokens", "histogram", "rpv_sum", "tail_rpv_sum", "entropy_sum", "agreement", "auc"):
             np.testing.assert_allclose(getattr(ours, name), getattr(theirs, name), err_msg=f"{site} {name}")

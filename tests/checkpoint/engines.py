@@ -22,7 +22,7 @@ from moe_lvlm.config.moe import MoEConfig
 from moe_lvlm.moe.experts import Experts
 from moe_lvlm.moe.layer import MoELayer
 from moe_lvlm.routing.build import build_router
-from moe_lvlm.routing.trace import Site
+from moe_lvlm.routing.types import Site
 
 WIDTH, VOCABULARY, EXPERTS = 8, 24, 4
 BATCH, SEQUENCE = 4, 6

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlavaForConditionalGeneration
 
@@ -131,3 +131,17 @@ def test_a_head_with_a_bias_is_not_plain(tmp_path: Path) -> None:
     assert "lm_head.bias" in dense_folder(tmp_path / "sparse", MEAN).weights.names()
     with pytest.raises(ValueError, match="head has a bias"):
         dense_folder(tmp_path / "sparse", MEAN, is_plain=True)
+
+
+def test_experts_that_were_dropped_take_no_part(tmp_path: Path) -> None:
+    moe = MoEConfig.model_validate({"layers": [0], "router": {"kind": "dynamic"}})
+    weights = write_sparse(tmp_path / "sparse", moe)
+    prefix = "model.language_model.layers.0.mlp."
+    path = tmp_path / "sparse" / "model.safetensors"
+    on_disk = load_file(path)
+    on_disk[f"{prefix}router.is_active_E"] = torch.tensor([True, False, False, True])
+    save_file(on_disk, path, metadata={"format": "pt"})
+    mean = (weights[f"{prefix}experts.w1"][0] + weights[f"{prefix}experts.w1"][3]) / 2
+    assert torch.allclose(dense_folder(tmp_path / "sparse", MEAN).weights.read(f"{prefix}gate_proj.weight"), mean)
+    with pytest.raises(ValueError, match=r"has dropped expert 1; allowed: mean, or one of its active experts \[0, 3\]"):
+        dense_folder(tmp_path / "sparse", Merge(1)).weights.read(f"{prefix}gate_proj.weight")

@@ -137,7 +137,7 @@ def test_equals_a_plain_loop(family: str, top_k: int, tmp_path: Path) -> None:
         has_tower=is_phi,
     )
     converted = from_moe_llava(folder, OPTIONS)
-    assert set(NOTES) <= set(converted.notes)
+    assert set(NOTES[False]) <= set(converted.notes)
     write_converted(converted, tmp_path / "ours")
     loaded, _ = moe_lvlm.load(tmp_path / "ours")
     moe = loaded.config.moe_config
@@ -192,3 +192,15 @@ def test_experts_of_different_widths(tmp_path: Path) -> None:
     folder = write_folder(tmp_path, "llama", sparse_reference("llama", 2), change=narrow)
     with pytest.raises(ValueError, match=r"experts\.1\.up_proj\.weight: shape \(40, 32\), that of expert 0"):
         from_moe_llava(folder, OPTIONS)
+
+
+def test_released_routing_keeps_capacity_and_noise(tmp_path: Path) -> None:
+    folder = write_folder(tmp_path / "theirs", "llama", sparse_reference("llama", 2))
+    converted = from_moe_llava(folder, OPTIONS, has_released_routing=True)
+    moe = converted.config.moe_config
+    assert moe is not None
+    assert (moe.capacity_factor, moe.eval_capacity_factor, moe.router.second_choice_noise) == (1.5, 2.0, "gumbel")
+    assert set(NOTES[True]) <= set(converted.notes)
+    plain = from_moe_llava(folder, OPTIONS).config.moe_config
+    assert plain is not None
+    assert (plain.capacity_factor, plain.router.second_choice_noise) == (None, "none")

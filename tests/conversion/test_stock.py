@@ -127,6 +127,9 @@ def test_scaled_rope_goes_over(tmp_path: Path) -> None:
     ("family", "fields", "moe", "reason"),
     [
         ("llama", {}, {"router": {"kind": "ltdr"}}, "--without-eea"),
+        ("llama", {}, {"router": {"kind": "instruct"}}, "router instruct: .* allowed: top_k, ltdr, task, stgc"),
+        ("llama", {}, {"router": {"kind": "top_k", "gate": {"kind": "cosine"}}}, "gate cosine"),
+        ("llama", {}, {"capacity_factor": 1.5}, r"capacity_factor 1\.5"),
         ("llama", {"attention_bias": True}, {}, "attention_bias"),
         ("llama", {"mlp_bias": True}, {}, "mlp_bias"),
         ("phi", {}, {}, "head has a bias"),

@@ -26,6 +26,8 @@ PLAIN = MoEConfig(layers=(0, 2), num_experts=4)
 FINE = MoEConfig.model_validate(
     {"layers": "dense", "num_experts": 4, "fine_grained": 2, "shared_experts": 1, "router": {"kind": "ltdr"}}
 )
+DYNAMIC = MoEConfig.model_validate({"router": {"kind": "dynamic", "initial_experts": 3}})
+COSINE = MoEConfig.model_validate({"router": {"kind": "ltdr", "gate": {"kind": "cosine"}}})
 
 
 def write_dense(folder: Path, family: str = "llama", **fields: Any) -> Path:
@@ -45,7 +47,7 @@ def test_it_computes_what_the_dense_model_does(family: str, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("family", ["llama", "phi", "phi3"])
-@pytest.mark.parametrize("moe", [PLAIN, FINE])
+@pytest.mark.parametrize("moe", [PLAIN, FINE, DYNAMIC, COSINE])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_equals_load_weights(family: str, moe: MoEConfig, dtype: torch.dtype, tmp_path: Path) -> None:
     folder = write_dense(tmp_path / "dense", family)
@@ -99,6 +101,9 @@ def test_what_is_refused(tmp_path: Path) -> None:
         upcycle_folder(folder, MoEConfig(layers=(3,)), router_seed=0)
     with pytest.raises(ValueError, match=r"fine_grained: 5 does not divide the FFN's width \(48\)"):
         upcycle_folder(folder, MoEConfig(num_experts=5, fine_grained=5), router_seed=0)
+    clusters = MoEConfig.model_validate({"router": {"kind": "cluster"}})
+    with pytest.raises(ValueError, match=r"cluster starts at the centres of data\.clusters"):
+        upcycle_folder(folder, clusters, router_seed=0)
     (folder / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(ValueError, match="model_type 'llama'; allowed: llava, moe_llava"):
         upcycle_folder(folder, PLAIN, router_seed=0)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -46,6 +48,7 @@ def test_a_batch_by_hand(collator: Collator) -> None:
     assert routing.instruction_BS is not None
     assert routing.instruction_BS.nonzero().tolist() == [[0, 4], [1, 2], [2, 0]]
     assert (routing.modality_BS.dtype, routing.image_BS.dtype) == (torch.int8, torch.int32)
+    assert (routing.num_samples, routing.task_N, routing.cluster_N) == (3, None, None)
     assert first.pixel_values is not None
     assert last.pixel_values is not None
     assert torch.equal(batch["pixel_values"], torch.cat([first.pixel_values, last.pixel_values]))
@@ -73,8 +76,22 @@ def test_no_sample_gives_one_row_of_padding(collator: Collator) -> None:
         [[-1]],
         [[-1]],
     )
+    assert (routing.num_samples, routing.task_N, routing.cluster_N) == (0, None, None)
     assert "pixel_values" not in batch
     assert all(batch[key].dtype == torch.int64 for key in ("input_ids", "labels", "attention_mask"))
+
+
+def test_task_labels_and_clusters_by_sample() -> None:
+    collator = Collator(pad_token_id=PAD, image_token_id=IMAGE, has_task_labels=True)
+    samples = [sample([1, 20]), sample([1, 10, 20]), sample([20])]
+    known = zip(samples, (2, None, 0), (7, 0, 7), strict=True)
+    routing = collator([replace(one, task_label=task, cluster=cluster) for one, task, cluster in known])["routing"]
+    assert routing.task_N is not None
+    assert routing.cluster_N is not None
+    assert (routing.task_N.tolist(), routing.cluster_N.tolist()) == ([2, -1, 0], [7, 0, 7])
+    assert (routing.task_N.dtype, routing.cluster_N.dtype) == (torch.int64, torch.int64)
+    # rules that fit none of a batch's samples, and no sample at all
+    assert [one["routing"].task_N.tolist() for one in (collator(samples), collator([]))] == [[-1, -1, -1], []]  # type: ignore[union-attr]
 
 
 def test_images_of_two_sizes_are_refused_by_name(collator: Collator) -> None:

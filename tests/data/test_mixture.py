@@ -7,11 +7,14 @@ from pathlib import Path
 import pytest
 from transformers import LlavaProcessor
 
-from moe_lvlm.config.recipe import DataSettings, SourceSettings
+from moe_lvlm.config.moe import ClusterRouterSettings, MoEConfig
+from moe_lvlm.config.recipe import DataSettings, SourceSettings, TaskTypeSettings
+from moe_lvlm.data.clustering import fit_clusters
 from moe_lvlm.data.errors import DataFileError
-from moe_lvlm.data.mixture import Draw, MixtureDataset, Source, build_dataset, resolve_path
+from moe_lvlm.data.mixture import Draw, MixtureDataset, Source, build_dataset, needed_data, resolve_path
 
 from .conftest import MakeBuilder, MakeSource, conversation, num_image_tokens
+from .letters import encode
 
 
 def records(count: int) -> list[object]:
@@ -103,3 +106,53 @@ def test_paths_of_packs_are_resolved() -> None:
         resolve_path("train.json", "package:nopack")
     assert resolve_path("train.json", "/data") == Path("/data/train.json")
     assert resolve_path("/other/train.json", "/data") == Path("/other/train.json")
+
+
+def test_samples_carry_labels_and_clusters(make_source: MakeSource, processor: LlavaProcessor, tmp_path: Path) -> None:
+    asked = ["xxxx", "aaab", "aaaa", "xxxx"]
+    make_source([{"conversations": conversation(text, "red", "xxxx", "blue")} for text in asked])
+    fit_clusters({"aaaa": 2, "aaab": 1, "xxxx": 1}, encode, encoder="letters", num_clusters=2, seed=0).save(
+        tmp_path / "clusters.safetensors"
+    )
+    rules = (TaskTypeSettings(label=1, instruction="aaaa"), TaskTypeSettings(label=0, dataset="a", instruction="b$"))
+    mixture = (SourceSettings(path="a.json"),)
+    settings = DataSettings(image_root=str(tmp_path), task_types=rules, clusters="clusters.safetensors", max_length=512)
+    dataset, collator = build_dataset(settings, mixture, "chat", processor, num_image_tokens, 0)
+    samples = [dataset[Draw(0, position)] for position in range(4)]
+    assert [(one.task_label, one.cluster) for one in samples] == [(None, 1), (0, 0), (1, 0), (None, 1)]
+    routing = collator(samples)["routing"]
+    assert routing.task_N is not None
+    assert routing.cluster_N is not None
+    assert (routing.task_N.tolist(), routing.cluster_N.tolist()) == ([-1, 0, 1, -1], [1, 0, 0, 1])
+    # a prompt's cluster is its conversation's: of the first turn, however many there are
+    assert dataset.sources[0].prompt(0, dataset.builder).cluster == 1
+    assert dataset.sources[0].prompt(1, dataset.builder).cluster == 0
+
+    plain, collator = build_dataset(
+        settings.model_copy(update={"task_types": (), "clusters": None}),
+        mixture,
+        "chat",
+        processor,
+        num_image_tokens,
+        0,
+    )
+    sample = plain[Draw(0, 0)]
+    assert (sample.task_label, sample.cluster) == (None, None)
+    assert collator([sample])["routing"].task_N is None
+
+    with pytest.raises(DataFileError, match=r"none\.safetensors: no such file"):
+        build_dataset(
+            settings.model_copy(update={"clusters": "none.safetensors"}),
+            mixture,
+            "chat",
+            processor,
+            num_image_tokens,
+            0,
+        )
+
+
+def test_the_table_is_left_out_where_no_router_reads_it() -> None:
+    settings = DataSettings(clusters="clusters.safetensors", max_length=99)
+    assert needed_data(settings, MoEConfig(router=ClusterRouterSettings())) == settings
+    for moe in (None, MoEConfig()):
+        assert needed_data(settings, moe) == DataSettings(max_length=99)

@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from moe_lvlm.data.clusters import ClusterTable
 from moe_lvlm.data.packs import known_packs, resolve, unpack
 from moe_lvlm.data.packs.archive import extract, unpack_pack, write_manifest
 
@@ -239,8 +240,28 @@ def test_the_scenes_pack_is_small() -> None:
 
 def test_the_scenes_pack_names_its_sources_and_licences(scenes: Path) -> None:
     said = (scenes / "LICENSES.md").read_text()
-    for name in ("Twemoji", "CC-BY 4.0", "Noto Emoji", "Apache-2.0", "Fluent Emoji", "MIT License"):
+    for name in ("Twemoji", "CC-BY 4.0", "Noto Emoji", "Apache-2.0", "Fluent Emoji", "MIT License", "MiniLM-L6-v2"):
         assert name in said, name
+
+
+def test_the_table_of_clusters_holds_every_first_question(
+    scenes: Path, records: dict[str, list[dict[str, Any]]]
+) -> None:
+    table = ClusterTable.load(scenes / "clusters.safetensors")
+    assert (table.num_clusters, table.width, table.encoder) == (8, 384, "sentence-transformers/all-MiniLM-L6-v2")
+    clusters: dict[str, int | None] = {}
+    for row in (row for rows in records.values() for row in rows):
+        question = row["conversations"][0]["value"].removeprefix("<image>\n")
+        clusters[question] = table.find(question)
+    assert None not in clusters.values()
+    assert len(clusters) == len(table.ids_I)
+    # the encoder's embeddings have length 1, and so has the centre of a cluster of one question
+    alone = [cluster for cluster, count in Counter(clusters.values()).items() if count == 1]
+    assert np.allclose(np.linalg.norm(table.centres_KW[alone], axis=1), 1, atol=1e-5)  # type: ignore[index]
+    assert len(alone) == 3
+    # no cluster has questions of two kinds
+    kinds = {(cluster, question.split(" the ")[0]) for question, cluster in clusters.items()}
+    assert len(kinds) == len({cluster for cluster, _ in kinds}) == 8
 
 
 def test_counts_are_those_of_the_manifest(scenes: Path, records: dict[str, list[dict[str, Any]]]) -> None:

@@ -41,6 +41,12 @@ class TinyPrompt:
 
     input_ids: Tensor
     pixel_values: Tensor | None
+    cluster: int | None = None
+
+    @property
+    def instruction(self) -> Tensor:
+        """All words, as if the user had said everything."""
+        return self.input_ids != IMAGE_ID
 
 
 def greedy_by_hand(model: PreTrainedModel, prompt: TinyPrompt, *, steps: int, end_id: int) -> list[int]:

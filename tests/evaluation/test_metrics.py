@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from moe_lvlm.config.recipe import TaskSettings
 from moe_lvlm.evaluation.metrics import (
+    METRICS,
     Outcome,
     TaskScore,
+    Truth,
     exact_match,
     majority_baseline,
     normalize_answer,
@@ -76,12 +80,12 @@ def test_majority_of_nothing_is_an_error() -> None:
 
 def test_scores_by_hand() -> None:
     outcomes = [
-        Outcome("what", "cat", "Cat"),
-        Outcome("count", "2", "3"),
-        Outcome("what", "dog", "cat"),
-        Outcome("what", "dog.", "dog"),
-        Outcome("count", "3", "3"),
-        Outcome("what", "", "bird"),
+        Outcome("what", "cat", Truth("Cat")),
+        Outcome("count", "2", Truth("3")),
+        Outcome("what", "dog", Truth("cat")),
+        Outcome("what", "dog.", Truth("dog")),
+        Outcome("count", "3", Truth("3")),
+        Outcome("what", "", Truth("bird")),
     ]
     assert score_by_task(outcomes) == {
         "count": TaskScore(accuracy=0.5, majority=1.0, n=2),
@@ -92,7 +96,11 @@ def test_scores_by_hand() -> None:
 
 
 def test_no_outcomes_no_scores() -> None:
-    assert score_by_task([]) == {}
+    assert all(score_by_task([], metric) == {} for metric in METRICS)
+
+
+def test_every_metric_that_a_recipe_may_name_is_there() -> None:
+    assert set(METRICS) == set(get_args(TaskSettings.model_fields["metric"].annotation))
 
 
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from("xyz"), st.sampled_from("xyz")), min_size=1))
@@ -100,6 +108,6 @@ def test_always_giving_the_most_frequent_answer_scores_the_majority(rows: list[t
     for task in {task for task, _, _ in rows}:
         answers = [answer for row_task, _, answer in rows if row_task == task]
         favourite = Counter(answers).most_common(1)[0][0]
-        score = score_by_task([Outcome(task, favourite, answer) for answer in answers])[task]
+        score = score_by_task([Outcome(task, favourite, Truth(answer)) for answer in answers])[task]
         assert score.accuracy == score.majority
         assert score.n == len(answers)

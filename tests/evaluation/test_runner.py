@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from moe_lvlm.analysis.examples import ExampleStore
 from moe_lvlm.analysis.statistics import RoutingStatistics
 from moe_lvlm.evaluation.runner import evaluate
-from moe_lvlm.routing.trace import Site
+from moe_lvlm.routing.types import Site
 
 from .conftest import IMAGE_SIZE, IMAGE_TOKENS, NAMES, TinyPrompt, greedy_by_hand, write_run
 

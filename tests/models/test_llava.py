@@ -17,8 +17,7 @@ from moe_lvlm.models.context import derive_context
 from moe_lvlm.models.llava import MoELlavaForConditionalGeneration
 from moe_lvlm.models.upcycle import upcycle
 from moe_lvlm.moe.upcycle import moe_layers
-from moe_lvlm.routing.trace import Site
-from moe_lvlm.routing.types import Modality
+from moe_lvlm.routing.types import Modality, Site
 from tests.tiny_models import (
     BOS_ID,
     IMAGE_ID,
@@ -321,7 +320,7 @@ def generate(
     batch.pop("labels")
     output = model.generate(
         **batch,
-        **({"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6} | options),
+        **({"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6, "suppress_tokens": [IMAGE_ID]} | options),
         output_logits=True,
         return_dict_in_generate=True,
     )

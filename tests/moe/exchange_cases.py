@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from datetime import timedelta
 from pathlib import Path
@@ -33,13 +34,16 @@ CASES: dict[str, tuple[tuple[tuple[int, ...], ...], ...]] = {
 GROUPS: dict[int, tuple[tuple[int, ...], ...]] = {2: ((0, 1), (2, 3)), 4: ((0, 1, 2, 3),)}
 
 
-def inputs_of(case: str, rank: int) -> tuple[Tensor, RoutingDecision]:
-    """Hidden states and decision of one rank, with gradients for the states and the weights."""
+def inputs_of(case: str, rank: int, *, is_probed: bool) -> tuple[Tensor, RoutingDecision]:
+    """Hidden states and decision of one rank, with gradients for the states and the weights, and a probe if asked."""
     choices = CASES[case][rank]
     generator = torch.Generator().manual_seed(100 + rank)
     x_TD = torch.randn(len(choices), WIDTH, generator=generator).requires_grad_()
     decision = decision_of(choices, NUM_EXPERTS, seed=rank)
-    return x_TD, decision._replace(weights_RK=decision.weights_RK.clone().requires_grad_())
+    return x_TD, decision._replace(
+        weights_RK=decision.weights_RK.clone().requires_grad_(),
+        probe_RK=torch.zeros_like(decision.weights_RK).requires_grad_() if is_probed else None,
+    )
 
 
 def results_of(out_TD: Tensor, x_TD: Tensor, decision: RoutingDecision, experts: nn.Module) -> dict[str, Any]:
@@ -50,6 +54,7 @@ def results_of(out_TD: Tensor, x_TD: Tensor, decision: RoutingDecision, experts:
         "out": out_TD.detach(),
         "x": x_TD.grad,
         "weights": decision.weights_RK.grad,
+        "probe": None if decision.probe_RK is None else decision.probe_RK.grad,
         "experts": {name: parameter.grad for name, parameter in experts.named_parameters()},
     }
 
@@ -61,18 +66,18 @@ def run_rank(rank: int, folder: str) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD, timeout=timedelta(seconds=60)
     )
-    results: dict[tuple[int, str], Any] = {}
+    results: dict[tuple[int, str, bool], Any] = {}
     for size, members in GROUPS.items():
         groups = [dist.new_group(list(ranks)) for ranks in members]
         place = next(index for index, ranks in enumerate(members) if rank in ranks)
         dispatcher = AllToAllDispatcher(groups[place])
         start = members[place].index(rank) * NUM_EXPERTS // size
-        for case in CASES:
+        for case, is_probed in itertools.product(CASES, (False, True)):
             experts = random_experts(NUM_EXPERTS, width=WIDTH)
             for name, stack in list(experts.named_parameters()):
                 experts._parameters[name] = nn.Parameter(stack.detach()[start : start + NUM_EXPERTS // size].clone())
-            x_TD, decision = inputs_of(case, rank)
+            x_TD, decision = inputs_of(case, rank, is_probed=is_probed)
             out_TD = run_layer(dispatcher, experts, x_TD, decision)
-            results[size, case] = results_of(out_TD, x_TD, decision, experts)
+            results[size, case, is_probed] = results_of(out_TD, x_TD, decision, experts)
     torch.save(results, Path(folder) / f"{rank}.pt")
     dist.destroy_process_group()

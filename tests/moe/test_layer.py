@@ -14,8 +14,8 @@ from moe_lvlm.config.moe import MoEConfig
 from moe_lvlm.moe.experts import Experts
 from moe_lvlm.moe.layer import MoELayer
 from moe_lvlm.routing.build import build_router
-from moe_lvlm.routing.trace import RoutingTrace, Site
-from moe_lvlm.routing.types import Modality, RoutingContext
+from moe_lvlm.routing.trace import RoutingTrace
+from moe_lvlm.routing.types import Modality, RoutingContext, Site
 
 WIDTH = 8
 

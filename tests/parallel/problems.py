@@ -56,9 +56,26 @@ LAYOUTS: dict[str, tuple[tuple[MicroBatch, ...], ...]] = {
 }
 
 
+# routing -> keys of the mixture's settings, beside or in place of those in `build`
+ROUTINGS: dict[str, dict[str, Any]] = {
+    "ltdr": {},
+    "capacity": {"router": {"kind": "top_k"}, "capacity_factor": 0.7},
+    "cosine": {"router": {"kind": "ltdr", "gate": {"kind": "cosine", "projection": 8}}},
+    "vision_head": {"router": {"kind": "ltdr", "eea_select": "vision_head"}},
+    "instruction_aware": {"router": {"kind": "ltdr", "eea_select": "instruction_aware", "instruction_share": 0.5}},
+    "task": {"router": {"kind": "task", "coefficient": 0.1}},
+    "cluster": {"router": {"kind": "cluster", "num_clusters": 3, "embedding_width": 8}},
+    "instruct": {"router": {"kind": "instruct"}},
+    "modality_groups": {"router": {"kind": "modality_groups"}, "balance": {"on": ["vision"], "coefficient": 0.1}},
+    "stgc": {"router": {"kind": "stgc", "coefficient": 1.0, "threshold": 0.1}},
+    "shared and fine-grained": {"router": {"kind": "top_k"}, "shared_experts": 1, "fine_grained": 2},
+}
+
+
 @dataclass(frozen=True)
 class Problem:
-    """What is trained on what. is_starved: no token ever chooses the last two of the four experts."""
+    """What is trained on what. is_starved: no token ever chooses the last two of the four experts. routing: a key of
+    ROUTINGS."""
 
     layout: str = "mixed"
     train: tuple[str, ...] = ("moe",)
@@ -66,6 +83,7 @@ class Problem:
     is_sparse: bool = True
     is_starved: bool = False
     num_steps: int = 3
+    routing: str = "ltdr"
 
     @property
     def steps(self) -> tuple[tuple[MicroBatch, ...], ...]:
@@ -83,9 +101,12 @@ def build(problem: Problem) -> MoELlavaForConditionalGeneration:
                 "router": {"kind": "ltdr", "tail_k": few},
                 "balance": {"on": ["language"], "coefficient": 0.1},
             }
+            | ROUTINGS[problem.routing]
         )
         torch.manual_seed(0)  # for the routers, which upcycling draws anew
         model = tiny_moe_llava(config, problem.family)
+        if problem.routing == "instruction_aware":
+            model.set_attn_implementation("eager")  # the one kind of attention that gives its weights
     else:
         model = as_moe_llava(tiny_llava(problem.family))
     if problem.is_starved:
@@ -109,7 +130,7 @@ def _starve(model: MoELlavaForConditionalGeneration) -> None:
 
 def batches(problem: Problem, step: int) -> list[Batch]:
     """All micro-batches of a step, from the real collator."""
-    collator = Collator(pad_token_id=PAD_ID, image_token_id=IMAGE_ID)
+    collator = Collator(pad_token_id=PAD_ID, image_token_id=IMAGE_ID, has_task_labels=True)
     return [
         collator([_sample(shape, seed=100 * step + 10 * number + row) for row, shape in enumerate(micro_batch)])
         for number, micro_batch in enumerate(problem.steps[step])
@@ -125,9 +146,11 @@ def _sample(shape: Shape, *, seed: int) -> Sample:
         task=None,
         input_ids=made.input_ids,
         labels=made.labels,
-        instruction=torch.zeros_like(made.input_ids, dtype=torch.bool),
+        instruction=(made.labels == -100) & (made.input_ids != IMAGE_ID),
         pixel_values=made.pixel_values,
         image_tokens=(IMAGE_TOKENS,) * images,
+        task_label=None if seed % 3 == 2 else seed % 3,
+        cluster=seed % 3,
     )
 
 

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 from tests.parallel.comparison import assert_equals_plain_loop, assert_training_is_real, moved
 from tests.parallel.jobs import Case
 from tests.parallel.plain_loop import solve
-from tests.parallel.problems import FAVOURED, LEARNING_RATE, WEIGHT_DECAY, Outcome, Problem, build
+from tests.parallel.problems import FAVOURED, LEARNING_RATE, ROUTINGS, WEIGHT_DECAY, Outcome, Problem, build
 
 pytestmark = pytest.mark.distributed
 Trained = Callable[[Case], list[Outcome]]
@@ -60,6 +60,19 @@ def test_other_ffns(trained: Trained, family: str, zero: int) -> None:
 def test_routers_alone(trained: Trained, zero: int) -> None:
     case = Case(Problem(train=("router",)), world=2, zero=zero, expert_parallel_size=2)
     assert_equals_plain_loop(case, trained(case))
+
+
+@pytest.mark.parametrize("zero", [2, 3])
+@pytest.mark.parametrize("routing", sorted(ROUTINGS.keys() - {"ltdr"}))
+def test_every_routing(trained: Trained, routing: str, zero: int) -> None:
+    """Text-only, image and empty micro-batches, so that ranks differ in what their routers see."""
+    case = Case(Problem(layout="padding only", routing=routing), world=2, zero=zero, expert_parallel_size=2)
+    assert_equals_plain_loop(case, trained(case))
+
+
+@pytest.mark.parametrize("routing", sorted(ROUTINGS.keys() - {"ltdr"}))
+def test_the_plain_loop_trains_every_routing(routing: str) -> None:
+    assert_training_is_real(Problem(layout="padding only", routing=routing))
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,25 @@ MODALITIES = (LANG, VIS, VIS, VIS, PAD, VIS, VIS, VIS, LANG, PAD)
 IMAGES = (-1, 0, 0, 0, -1, 1, 1, 1, -1, -1)
 SAMPLES = (0, 0, 0, 0, -1, 1, 1, 1, 1, -1)
 
+# router settings -> slots a token, of six experts and top 2
+ROWS: list[tuple[dict[str, Any], int]] = [
+    ({"kind": "top_k"}, 2),
+    ({"kind": "top_k", "gate": {"kind": "cosine", "projection": 8}}, 2),
+    ({"kind": "top_k", "second_choice_noise": "gumbel"}, 2),
+    ({"kind": "ltdr"}, 6),
+    ({"kind": "ltdr", "tail_k": 3, "tail_scope": "image"}, 3),
+    ({"kind": "ltdr", "eea_select": "none"}, 2),
+    ({"kind": "ltdr", "eea_select": "vision_head"}, 6),
+    ({"kind": "ltdr", "eea_select": "instruction_aware"}, 6),
+    ({"kind": "task"}, 2),
+    ({"kind": "cluster", "num_clusters": 5, "embedding_width": 12}, 2),
+    ({"kind": "instruct"}, 2),
+    ({"kind": "modality_groups", "vision_experts": 3}, 2),
+    ({"kind": "dynamic"}, 6),
+    ({"kind": "dynamic", "initial_experts": 4, "temperature": 0.1}, 6),
+    ({"kind": "stgc"}, 2),
+]
+
 
 def hidden_of(*tokens: tuple[float, ...]) -> Tensor:
     """Hidden states [T, 4] that the identity gate turns into these probabilities."""

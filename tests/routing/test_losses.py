@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from moe_lvlm.config.moe import BalanceSettings
+from moe_lvlm.config.moe import BalanceSettings, MoEConfig
 from moe_lvlm.routing.losses import auxiliary_loss, balance_loss, balanced_tokens
-from moe_lvlm.routing.trace import RoutingTrace, Site
-from moe_lvlm.routing.types import RoutingDecision
+from moe_lvlm.routing.trace import RoutingTrace
+from moe_lvlm.routing.types import RoutingDecision, Site
 from tests.routing.tables import TOKENS, hidden_of, identity_router, language_context, names_where, table_context
 
 
@@ -32,13 +32,13 @@ BY_HAND = [(("language",), "GH", 1.48), (("vision",), "ACEBDF", 38.4 / 36), (("l
 
 @pytest.mark.parametrize(("on", "names", "expected"), BY_HAND)
 def test_balance_loss_by_modality(on: tuple[Any, ...], names: str, expected: float) -> None:
-    is_balanced_T = balanced_tokens(table_context(), BalanceSettings(on=on))
+    is_balanced_T = balanced_tokens(table_context(), on)
     assert names_where(is_balanced_T) == names
     assert balance_loss(decide(), is_balanced_T).item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_best_expert_alone_counts_for_tail_tokens_too() -> None:
-    is_balanced_T = balanced_tokens(table_context(), BalanceSettings(on=("vision",)))
+    is_balanced_T = balanced_tokens(table_context(), ("vision",))
     loss = balance_loss(decide(kind="ltdr", tail_scope="batch"), is_balanced_T)
     assert loss.item() == pytest.approx(38.4 / 36, rel=1e-5)
 
@@ -51,7 +51,7 @@ def test_best_expert_alone_counts_for_tail_tokens_too() -> None:
     ("router", "expected"), [({"kind": "top_k"}, 73.6 / 72), ({"kind": "ltdr", "tail_scope": "batch"}, 108.8 / 108)]
 )
 def test_all_choices(router: dict[str, Any], expected: float) -> None:
-    is_balanced_T = balanced_tokens(table_context(), BalanceSettings(on=("vision",)))
+    is_balanced_T = balanced_tokens(table_context(), ("vision",))
     loss = balance_loss(decide(**router), is_balanced_T, fraction="all_choices")
     assert loss.item() == pytest.approx(expected, rel=1e-5)
 
@@ -77,7 +77,7 @@ def test_gradient_goes_through_the_mean_probability_only() -> None:
 def test_no_token_gives_zero_and_a_gradient_of_zero(fraction: str) -> None:
     router = identity_router()
     decision = router(hidden_of(*TOKENS), table_context())
-    is_balanced_T = balanced_tokens(table_context(), BalanceSettings(on=()))
+    is_balanced_T = balanced_tokens(table_context(), ())
     loss = balance_loss(decision, is_balanced_T, fraction=fraction)
     assert loss.item() == 0.0
     loss.backward()
@@ -87,7 +87,7 @@ def test_no_token_gives_zero_and_a_gradient_of_zero(fraction: str) -> None:
 
 def test_text_only_batch_under_a_vision_loss() -> None:
     decision = identity_router()(hidden_of(*TOKENS[:3]), language_context(3))
-    is_balanced_T = balanced_tokens(language_context(3), BalanceSettings(on=("vision",)))
+    is_balanced_T = balanced_tokens(language_context(3), ("vision",))
     loss = balance_loss(decision, is_balanced_T)
     assert loss.item() == 0.0
     assert not math.isnan(loss.item())
@@ -97,14 +97,14 @@ def test_auxiliary_loss_sums_over_layers_times_the_coefficient() -> None:
     trace = RoutingTrace(table_context())
     for layer in (0, 2, 4):
         trace.record(Site("language_model", layer), decide())
-    loss = auxiliary_loss(trace, BalanceSettings(coefficient=0.1, on=("language",)))
+    loss = auxiliary_loss(trace, MoEConfig(balance=BalanceSettings(coefficient=0.1, on=("language",))))
     assert loss is not None
     # three layers of 1.48 x 0.1; the mean over layers would be .148
     assert loss.item() == pytest.approx(0.444, rel=1e-5)
 
 
 def test_auxiliary_loss_of_an_empty_trace_is_none() -> None:
-    assert auxiliary_loss(RoutingTrace(table_context()), BalanceSettings()) is None
+    assert auxiliary_loss(RoutingTrace(table_context()), MoEConfig()) is None
 
 
 def test_a_modality_named_twice_is_refused() -> None:

@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from moe_lvlm.config.moe import MoEConfig
 from moe_lvlm.routing.build import build_router
-from moe_lvlm.routing.router import Gate
+from moe_lvlm.routing.gates import LinearGate
 from tests.routing.tables import A, B, C, D, E, F, H, hidden_of, identity_router, language_context, table_context
 
 
@@ -91,7 +91,7 @@ def test_gradients_stay_finite_at_padding() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gate_is_a_float32_linear_with_its_gradients(dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(0)
-    gate = Gate(8, 4).to(dtype)
+    gate = LinearGate(8, 4).to(dtype)
     x_TD = torch.randn(6, 8, generator=generator).to(dtype).requires_grad_()
     upstream = torch.randn(6, 4, generator=generator)
     plain_x, plain_weight = (tensor.detach().float().requires_grad_() for tensor in (x_TD, gate.weight))
@@ -107,7 +107,7 @@ def test_gate_is_a_float32_linear_with_its_gradients(dtype: torch.dtype) -> None
 
 @pytest.mark.parametrize("frozen", ["input", "weight"])
 def test_gate_with_a_frozen_side(frozen: str) -> None:
-    gate = Gate(8, 4)
+    gate = LinearGate(8, 4)
     x_TD = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)).requires_grad_(frozen != "input")
     gate.weight.requires_grad_(frozen != "weight")
     gate(x_TD).sum().backward()
@@ -122,4 +122,4 @@ def test_gate_starts_from_the_distribution_named(init: str, low: float, high: fl
     config = MoEConfig.model_validate({"num_experts": 8, "router": {"kind": "top_k", "init": init}})
     router = build_router(model_width=512, config=config)
     assert low < router.gate.weight.std().item() < high
-    assert router.gate.bias is None
+    assert dict(router.gate.named_parameters()).keys() == {"weight"}

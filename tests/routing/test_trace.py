@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from moe_lvlm.routing.trace import RoutingTrace, Site
+from moe_lvlm.routing.trace import RoutingTrace
+from moe_lvlm.routing.types import Site
 from tests.routing.tables import A, D, hidden_of, identity_router, language_context
 
 

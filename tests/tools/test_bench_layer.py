@@ -22,7 +22,7 @@ RIVALS = {
     "deepspeed_capacity",
     "deepspeed_einsum",
 }
-OURS = {"ours", "ours_ltdr", "ours_ltdr_masked"}
+OURS = {"ours", "ours_ltdr", "ours_ltdr_masked", "ours_stgc", "ours_dynamic"}
 
 
 class Bench(NamedTuple):
@@ -92,12 +92,12 @@ def test_both_types_add_a_suffix_to_bf16_alone(bench: Bench, tmp_path: Path) -> 
 def test_all_variants_compute_the_same_function(bench: Bench, experts: int, top_k: int) -> None:
     """Forward outputs against each other, with the same weights, beside the tool's own check."""
     problem = problem_of(bench, experts=experts, top_k=top_k).with_capacity(float(experts))
-    outputs: dict[str, list[Tensor]] = {"top_k": [], "ltdr": []}
+    outputs: dict[str, list[Tensor]] = {"top_k": [], "ltdr": [], "dynamic": []}
     for variant in bench.variants.VARIANTS:
         if variant.name not in OURS | RIVALS:
             continue
         outputs[variant.computes].append(variant.build(problem).train()(problem.x_BSD).detach())
-    assert {kind: len(values) for kind, values in outputs.items()} == {"top_k": 6, "ltdr": 2}
+    assert {kind: len(values) for kind, values in outputs.items()} == {"top_k": 7, "ltdr": 2, "dynamic": 1}
     for values in outputs.values():
         for value in values[1:]:
             torch.testing.assert_close(value, values[0], atol=1e-4, rtol=0)

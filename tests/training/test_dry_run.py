@@ -79,3 +79,17 @@ def test_the_launchers_world_is_taken(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert "DeepSpeed, 4 process(es)" in describe(recipe)
     assert "DeepSpeed, 1 process(es)" in describe(recipe, world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("router", "words"),
+    [
+        ("{kind: ltdr, eea_select: instruction_aware}", r"model\.attention: sdpa; .* allowed: eager"),
+        ("{kind: task}", r"data\.task_types is empty"),
+        ("{kind: cluster}", r"data\.clusters is not given"),
+    ],
+)
+def test_what_a_router_lacks_is_said_before_anything_is_trained(tmp_path: Path, router: str, words: str) -> None:
+    recipe = load_recipe(write_run_inputs(tmp_path), [f"moe.router={router}"])
+    with pytest.raises(ValueError, match=words):
+        describe(recipe, world_size=1)

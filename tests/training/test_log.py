@@ -23,6 +23,7 @@ VALUES: dict[str, Any] = {
     "grad_norm": 2.0,
     "tokens_per_second": 1234.5,
     "expert_load": {"0": {"language": [1, 3], "vision": [4, 0]}},
+    "conflicts": {"0": {"language": [1, 0], "vision": [0, 0]}},
     "tail_share": {"0": 0.25},
 }
 
@@ -52,6 +53,8 @@ def test_events_and_curves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         "expert_load/0/language/1": 0.75,
         "expert_load/0/vision/0": 1.0,
         "expert_load/0/vision/1": 0.0,
+        "conflict_share/0/language": 0.25,
+        "conflict_share/0/vision": 0.0,
         "tail_share/0": 0.25,
     }
     assert set(curves.Tags()["scalars"]) == set(expected)
@@ -98,3 +101,16 @@ def test_half_a_line_is_dropped(tmp_path: Path) -> None:
     content = (tmp_path / "log.jsonl").read_text()
     assert content.startswith(whole)
     assert [json.loads(line)["event"] for line in content.splitlines()] == ["stage", "resume"]
+
+
+def test_what_was_dropped_is_said_by_modality(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = RunLog(tmp_path, is_enabled=True)
+    values = VALUES | {"dropped": {"0": {"language": [1, 0], "vision": [0, 0]}}}
+    log.event("step", **values)
+    log.show("tune", 2, 3, values)
+    log.close()
+    # one of five language assignments found no room, none of four vision ones
+    assert "language dropped 20.0%  vision dropped 0.0%" in capsys.readouterr().err
+    curves = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert curves.Scalars("dropped_share/language")[0].value == pytest.approx(0.2)
+    assert curves.Scalars("dropped_share/vision")[0].value == 0

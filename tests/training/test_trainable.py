@@ -50,7 +50,10 @@ def test_parts_by_hand(model: MoELlavaForConditionalGeneration) -> None:
 
 def test_what_moe_llava_released(model: MoELlavaForConditionalGeneration) -> None:
     """Its scripts train every `mlp.*`, sparse or not, and so the projector; its paper says the experts alone."""
-    assert trained(model, "moe", "dense_ffn", "connector") == ROUTERS | EXPERTS | SHARED | DENSE_FFN | CONNECTOR
+    released = ROUTERS | EXPERTS | SHARED | DENSE_FFN | CONNECTOR
+    assert trained(model, "moe", "dense_ffn", "connector") == released
+    assert trained(model, "released") == released
+    assert trained(model, "released", r"re:^lm_head\.weight$") == released | {"lm_head.weight"}
 
 
 def test_expressions_are_searched_for(model: MoELlavaForConditionalGeneration) -> None:
@@ -81,3 +84,5 @@ def test_a_dense_model_has_no_experts() -> None:
     for part in ("moe", "router", "experts"):
         with pytest.raises(ValueError, match=f"'{part}' names no parameter of this model"):
             select_trainable(dense, [part])
+    with pytest.raises(ValueError, match="'moe' names no parameter of this model"):
+        select_trainable(dense, ["released"])

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from torch.nn.functional import silu
+from torch.nn.functional import normalize, silu
 
 from bench.problem import Problem, Sizes, draw_problem, routing_probabilities
 from bench.rivals import UnavailableError
@@ -91,6 +91,8 @@ def _plain(problem: Problem, computes: str) -> Outcome:
     if computes == "dense":
         weights_TE = x_TD.new_zeros(x_TD.shape[0], problem.sizes.experts)
         weights_TE[:, : problem.sizes.top_k] = 1
+    elif computes == "dynamic":
+        weights_TE = _top_any_weights(x_TD, gate_ED)
     else:
         weights_TE = _plain_weights(x_TD, gate_ED, problem, has_tail=computes == "ltdr")
     output_TD = torch.zeros_like(x_TD)
@@ -116,6 +118,15 @@ def _plain_weights(x_TD: Tensor, gate_ED: Tensor, problem: Problem, *, has_tail:
         is_kept_TE |= is_tail_T[:, None]
     kept_TE = probs_TE * is_kept_TE
     return kept_TE / kept_TE.sum(dim=-1, keepdim=True)
+
+
+def _top_any_weights(x_TD: Tensor, gate_ED: Tensor) -> Tensor:
+    """Experts whose cosine is above a threshold of 0, averaged; backwards their sigmoid stands for the choice."""
+    cosine_TE = normalize(x_TD, dim=-1) @ normalize(gate_ED, dim=-1).T
+    margin_TE = cosine_TE.sigmoid() - 0.5
+    is_kept_TE = cosine_TE > 0
+    count_T1 = is_kept_TE.sum(dim=-1, keepdim=True).clamp_min(1)
+    return is_kept_TE * (1 + margin_TE - margin_TE.detach()) / count_T1
 
 
 def _compare(name: str, outcome: Outcome, expected: Outcome, dtype: torch.dtype) -> None:

@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from bench.problem import Problem
-from moe_lvlm.config.moe import LongTailRouterSettings, MoEConfig
+from moe_lvlm.config.moe import (
+    ConflictRouterSettings,
+    DynamicRouterSettings,
+    LongTailRouterSettings,
+    MoEConfig,
+    TopKRouterSettings,
+)
 from moe_lvlm.moe.experts import Experts
 from moe_lvlm.moe.layer import MoELayer
 from moe_lvlm.routing import Router, RoutingContext, RoutingDecision, Site, build_router
@@ -109,7 +115,21 @@ class _AllExpertsRouter(LongTailRouter):
 
 def ours_top_k(problem: Problem) -> BenchLayer:
     """Ours, plain top-k."""
-    config = MoEConfig(num_experts=problem.sizes.experts, top_k=problem.sizes.top_k)
+    return _ours(problem, TopKRouterSettings())
+
+
+def ours_conflict(problem: Problem) -> BenchLayer:
+    """Ours, STGC: top-k, whose backward pass looks for tokens in conflict with their expert."""
+    return _ours(problem, ConflictRouterSettings())
+
+
+def ours_dynamic(problem: Problem) -> BenchLayer:
+    """Ours, DynMoE's top-any: with random scores a token takes half of the experts on average."""
+    return _ours(problem, DynamicRouterSettings())
+
+
+def _ours(problem: Problem, router: TopKRouterSettings | ConflictRouterSettings | DynamicRouterSettings) -> BenchLayer:
+    config = MoEConfig(num_experts=problem.sizes.experts, top_k=problem.sizes.top_k, router=router)
     return Ours(problem, build_router(model_width=problem.sizes.model_width, config=config), context=None)
 
 

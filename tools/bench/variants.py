@@ -23,7 +23,7 @@ class Variant:
     name: str
     label: str
     build: Callable[[Problem], BenchLayer]
-    computes: Literal["dense", "top_k", "ltdr"]
+    computes: Literal["dense", "top_k", "ltdr", "dynamic"]
     is_ours: bool = False
 
 
@@ -31,6 +31,14 @@ VARIANTS: tuple[Variant, ...] = (
     Variant(name=DENSE, label="dense FFN of equal activated FLOPs", build=layers.DenseFloor, computes="dense"),
     Variant(name="ours", label="moe_lvlm, top-k", build=layers.ours_top_k, computes="top_k", is_ours=True),
     Variant(name="ours_ltdr", label="moe_lvlm, LTDR", build=layers.ours_long_tail, computes="ltdr", is_ours=True),
+    Variant(name="ours_stgc", label="moe_lvlm, STGC", build=layers.ours_conflict, computes="top_k", is_ours=True),
+    Variant(
+        name="ours_dynamic",
+        label="moe_lvlm, top-any (DynMoE), E/2 experts a token on average",
+        build=layers.ours_dynamic,
+        computes="dynamic",
+        is_ours=True,
+    ),
     Variant(
         name="ours_ltdr_masked",
         label="LTDR by computing all experts for all tokens",

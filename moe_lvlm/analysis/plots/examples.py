@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from moe_lvlm.analysis.examples import RoutingExample
 from moe_lvlm.analysis.measures import site_name
 from moe_lvlm.analysis.plots.style import SKY, VERMILION, spread, styled
-from moe_lvlm.routing.trace import Site
+from moe_lvlm.routing.types import Site
 
 _MAX_EXAMPLES = 6
 _MAX_LAYERS = 4
