@@ -1,0 +1,525 @@
+"""The paper's tables made again: their numbers, what is trained for them, and that a run begun from shared dense stages
+is the unbroken one."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from moe_lvlm.analysis.statistics import RoutingStatistics
+from moe_lvlm.routing.trace import RoutingTrace
+from moe_lvlm.routing.types import Modality, RoutingContext, RoutingDecision, Site
+from tests.tiny_run import tiny_recipe, write_run_inputs
+
+ROOT = Path(__file__).parents[2]
+Import = Callable[[str], ModuleType]
+SMALL = [
+    f"stages.{stage}.{key}={value}"
+    for stage in range(3)
+    for key, value in {"steps": 2, "micro_batch": 8, "global_batch": 8}.items()
+] + ["evaluation.tasks.0.limit=8", "train.log_every=1"]
+ROWS = {
+    "moe_llava_stablelm": {"router": {"kind": "top_k"}, "balance": {"on": ["language", "vision"]}},
+    "dar": {"router": {"kind": "top_k"}, "balance": {"on": ["language"]}},
+    "ltdr_stablelm": {"router": {"kind": "ltdr"}, "balance": {"on": ["language"]}},
+    "ltdr_qwen": {"router": {"kind": "ltdr"}, "balance": {"on": ["language"]}},
+}
+
+
+@pytest.fixture(scope="module")
+def reproduce(import_tool: Import) -> ModuleType:
+    return import_tool("reproduce")
+
+
+# the paper's numbers
+
+
+def test_list_names_every_table_and_its_rows(reproduce: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    assert reproduce.main(["--list"]) == 0
+    listed = capsys.readouterr().out
+    tables = [line.split()[0] for line in listed.splitlines() if not line.startswith(" ")]
+    assert tables == [
+        "table1", "table3", "table4", "table5", "table6", "table7", "table11", "table12", "figure1b", "figure4",
+        "figure5", "claims",
+    ]  # fmt: skip
+    assert "shared_1x1_16x025" in listed
+
+
+# retyped from the paper
+PRINTED = {
+    ("table1", "ltdr_phi2", "MME"): 1440.8,
+    ("table1", "moe_llava_qwen", "VQA-T"): 48.0,
+    ("table3", "no_llb", "MME"): 1254.1,
+    ("table3", "eea", "MM-Vet"): 28.5,
+    ("table4", "moe_llava_stablelm", "training"): 24056,
+    ("table4", "ltdr_stablelm", "Avg of inference"): 770,
+    ("table5", "task", "POPE"): 81.5,
+    ("table5", "stgc", "SQA"): 62.6,
+    ("table6", "moe_llava_stablelm", "SQA"): 62.5,
+    ("table6", "shared_1x1_12x025", "Avg"): 57.5,
+    ("table7", "iat", "POPE"): 87.0,
+    ("table7", "vht", "MME"): 1310.9,
+    ("table11", "v4top2_t4top2", "VQA-T"): 46.8,
+    ("table11", "v2top1_t2top1_dar_shared", "MMB"): 60.0,
+    ("table12", "ltdr_stablelm", "popular F1"): 86.0,
+    ("table12", "moe_llava_stablelm", "adversarial yes"): 41.7,
+}
+
+
+def test_numbers_are_the_paper_s(import_tool: Import) -> None:
+    tables = import_tool("reproducing.paper").read_tables()
+    for (name, recipe, column), value in PRINTED.items():
+        row = next(row for row in tables[name].rows if row.recipe == recipe)
+        assert row.paper[tables[name].columns.index(column)] == value, (name, recipe, column)
+
+
+def test_averages_follow_from_the_rows(import_tool: Import) -> None:
+    """A mistyped number would show: Avg is the mean of all columns but MME, to the paper's rounding."""
+    columns = ("GQA", "SQA", "VQA-T", "POPE", "MMB", "MM-Vet")
+    checked = 0
+    for table in import_tool("reproducing.paper").read_tables().values():
+        if "Avg" not in table.columns:
+            continue
+        for row in table.rows:
+            values = dict(zip(table.columns, row.paper, strict=True))
+            if row.recipe in ("vht", "moe_llava_stablelm") and table.name == "table6":
+                continue
+            assert sum(values[name] for name in columns) / 6 == pytest.approx(values["Avg"], abs=0.15), row
+            checked += 1
+    assert checked > 25
+
+
+def test_every_row_is_a_recipe(import_tool: Import) -> None:
+    from moe_lvlm.config.load import list_recipes
+
+    tables = import_tool("reproducing.paper").read_tables()
+    assert {f"ltdr/{row.recipe}" for table in tables.values() for row in table.rows} <= set(list_recipes())
+
+
+@pytest.mark.parametrize(
+    ("text", "name"),
+    [("3", "table3"), ("table12", "table12"), ("1b", "figure1b"), ("claims", "claims"), ("4", "table4")],
+)
+def test_tables_have_short_names(import_tool: Import, text: str, name: str) -> None:
+    paper = import_tool("reproducing.paper")
+    assert [table.name for table in paper.choose(text, paper.read_tables())] == [name]
+
+
+def test_unknown_names_are_told(reproduce: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
+    assert reproduce.main(["table2"]) == 2
+    assert "'table2': no such table; allowed: table1, table3" in capsys.readouterr().err
+    assert reproduce.main(["3", "--rows", "dar,vht"]) == 2
+    assert "vht: not in table3; allowed: moe_llava_stablelm, dar, eea" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as ended:
+        reproduce.main([])
+    assert ended.value.code == 2
+
+
+def test_chosen_rows_keep_their_baselines(import_tool: Import) -> None:
+    paper = import_tool("reproducing.paper")
+    kept = paper.keep_rows(paper.read_tables()["table1"], ("ltdr_qwen",))
+    assert [row.recipe for row in kept.rows] == ["moe_llava_qwen", "ltdr_qwen"]
+
+
+# counting
+
+
+def test_spreads_by_hand(import_tool: Import) -> None:
+    spread = import_tool("reproducing.spread")
+    found = spread.spread([1.0, 2.0, None, 6.0])
+    assert (found.mean, found.n) == (3.0, 3)
+    assert found.sd == pytest.approx(math.sqrt((4 + 1 + 9) / 2))  # sample standard deviation
+    assert spread.spread([5.0]).sd is None
+    assert spread.spread([None]) is None
+    assert spread.mean_of([1.0, 2.0]) == 1.5
+    assert spread.mean_of([1.0, None]) is None
+
+
+def test_differences_are_paired(import_tool: Import) -> None:
+    spread = import_tool("reproducing.spread")
+    # 1, 3, -1; the last seed has no baseline
+    found = spread.difference([11.0, 23.0, 29.0, 40.0], [10.0, 20.0, 30.0, None])
+    assert (found.mean, found.sd, found.n, found.agree) == (1.0, 2.0, 3, 2)
+    assert spread.difference([1.0, 1.0], [1.0, 1.0]).agree == 0
+    assert spread.difference([None], [1.0]) is None
+    with pytest.raises(ValueError, match="zip"):
+        spread.difference([1.0], [1.0, 2.0])
+
+
+def test_cells(import_tool: Import) -> None:
+    spread, grid = import_tool("reproducing.spread"), import_tool("reproducing.grid")
+    assert grid.show_spread(spread.Spread(61.25, 0.5, 3)) == "61.2 ± 0.5"
+    assert grid.show_spread(spread.Spread(61.25, None, 1), 2) == "61.25"
+    assert grid.show_spread(None) == "-"
+    assert grid.show_difference(spread.Difference(-1.0, 2.0, 3, 2)) == "-1.0 ± 2.0 (2/3)"
+    made = grid.Grid("Title", ("", "a|b"), (("row", "1.0"), ("longer row", "-")), ("a note",))
+    assert made.text().splitlines() == [
+        "Title", "---------------", "            a|b", "---------------", "row         1.0", "longer row    -",
+        "---------------", "a note",
+    ]  # fmt: skip
+    assert made.markdown() == "### Title\n\n|  | a\\|b |\n|---|--:|\n| row | 1.0 |\n| longer row | - |\n\na note\n"
+
+
+def test_shapes_of_known_distributions(import_tool: Import) -> None:
+    """Moments, Gini coefficients and Lorenz curves of the uniform and the exponential distribution, from textbooks."""
+    shape = import_tool("reproducing.shape")
+    centres = (np.arange(20_000) + 0.5) / 1000
+    uniform = shape.histogram_shape((np.arange(20_000) < 10_000).astype(np.int64), centres)
+    assert uniform.skewness == pytest.approx(0, abs=1e-6)
+    assert uniform.below_mean == pytest.approx(0.5, abs=1e-3)
+    assert uniform.gini == pytest.approx(1 / 3, abs=1e-3)
+    assert uniform.top_tenth == pytest.approx(1 - 0.9**2, abs=1e-3)
+    falling = shape.histogram_shape((1e9 * np.exp(-centres)).astype(np.int64), centres)
+    assert falling.skewness == pytest.approx(2, abs=1e-2)
+    assert falling.below_mean == pytest.approx(1 - math.exp(-1), abs=1e-3)
+    assert falling.gini == pytest.approx(0.5, abs=1e-3)
+    assert falling.top_tenth == pytest.approx(0.1 * (1 + math.log(10)), abs=1e-3)
+
+
+def test_benchmarks_are_means_of_numbers(import_tool: Import) -> None:
+    """POPE is the mean F1 of its three splits; Avg is over what there is, for both."""
+    results, paper, scores = (import_tool(f"reproducing.{name}") for name in ("results", "paper", "scores"))
+    table = paper.keep_rows(paper.read_tables()["table3"], ("dar",))
+    splits = [f"pope_{name}.f1" for name in ("adversarial", "popular", "random")]
+
+    def result(name: str, gqa: float, f1: tuple[float, ...]) -> Any:
+        return results.RunResult(
+            name=name, folder="", seed=0, scores={"gqa.accuracy": gqa, **dict(zip(splits, f1, strict=True))},
+            train_seconds={}, eval_seconds=1.0, jobs=1, environment=None, routing=None,
+        )  # fmt: skip
+
+    found = results.Results(
+        1, {"moe_llava_stablelm": [result("a", 60.0, (80, 85, 90))], "dar": [result("b", 62.0, (81, 86, 91))]}
+    )
+    grid = scores.score_grids(table, found, "full", paper.benchmark_scores())[0]
+    assert grid.columns == ("", "GQA ours", "paper", "POPE ours", "paper", "Avg ours", "paper")
+    assert grid.rows[1] == ("+ DAR", "62.0", "61.1", "86.0", "86.6", "74.0", "73.8")  # (61.1 + 86.6) / 2 = 73.85
+    assert "not measured here: SQA, VQA-T, MME, MMB, MM-Vet" in grid.notes
+
+
+# what is trained
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Recipes of some rows: tiny models on made-up data, without the key `scale`."""
+
+    folder: Path
+
+    def options(self, plan: ModuleType, out: Path, **changes: Any) -> Any:
+        return plan.Options(**({"scale": None, "out": out, "recipes": str(self.folder / "recipes")} | changes))
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
+    folder = tmp_path_factory.mktemp("inputs")
+    write_run_inputs(folder)
+    (folder / "recipes").mkdir()
+    for name, moe in ROWS.items():
+        recipe = tiny_recipe(folder, name=name, moe={"num_experts": 4, "top_k": 2, **moe})
+        recipe["evaluation"] = {"tasks": [{"name": "colors", "path": "train.json", "max_new_tokens": 2, "limit": 4}]}
+        (folder / "recipes" / f"{name}.yaml").write_text(yaml.safe_dump(recipe))
+    return Inputs(folder)
+
+
+def test_equal_rows_are_one_run_and_share_their_dense_stages(
+    import_tool: Import, inputs: Inputs, tmp_path: Path
+) -> None:
+    plan = import_tool("reproducing.plan")
+    made = plan.make_plan([*ROWS, "dar"], 2, inputs.options(plan, tmp_path))
+    assert [run.name for run in made.runs] == [
+        "moe_llava_stablelm-plain-s0", "dar-plain-s0", "ltdr_stablelm-plain-s0",
+        "moe_llava_stablelm-plain-s1", "dar-plain-s1", "ltdr_stablelm-plain-s1",
+    ]  # fmt: skip
+    assert made.of("ltdr_qwen", 1) is made.of("ltdr_stablelm", 1)
+    assert len(made.dense) == 2
+    assert [stage.name for stage in made.dense[0].recipe.stages] == ["tune"]
+
+
+def test_attention_weights_do_not_part_dense_stages(import_tool: Import, inputs: Inputs, tmp_path: Path) -> None:
+    plan = import_tool("reproducing.plan")
+    one, other = (
+        plan.make_plan(["dar"], 1, inputs.options(plan, tmp_path, overrides=changes)).runs[0]
+        for changes in ((), ("model.attention=eager",))
+    )
+    assert one.dense.name == other.dense.name
+    assert one.digest != other.digest
+    assert (one.recipe.model.attention, other.recipe.model.attention) == ("sdpa", "eager")
+
+
+def test_another_setting_is_another_run(import_tool: Import, inputs: Inputs, tmp_path: Path) -> None:
+    plan = import_tool("reproducing.plan")
+
+    def digest(*overrides: str) -> str:
+        return str(plan.make_plan(["dar"], 1, inputs.options(plan, tmp_path, overrides=overrides)).runs[0].digest)
+
+    assert digest("train.log_every=7", "evaluation.batch_size=5", "parallel.deepspeed=zero1") == digest()
+    assert digest("stages.1.learning_rate=0.5") != digest()
+
+
+def test_rows_of_the_paper_share_dense_stages(reproduce: ModuleType, tmp_path: Path, capsys: Any) -> None:
+    assert reproduce.main(["all", "--dry-run", "--out", str(tmp_path)]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")]
+    assert sum(line.startswith("dense-") for line in lines) == 1
+    assert len(lines) == 2 + 20
+    assert "moe_llava_stablelm-tiny-s0  [to do]  moe_llava_stablelm, moe_llava_qwen, moe_llava_phi2" in lines
+    assert not list(tmp_path.iterdir())
+
+
+# jobs
+
+
+def test_jobs_wait_for_theirs_and_fail_alone(import_tool: Import) -> None:
+    jobs = import_tool("reproducing.jobs")
+    order: list[str] = []
+    lock = threading.Lock()
+
+    def work(name: str, problem: Exception | None = None) -> Callable[[int], None]:
+        def do(slot: int) -> None:
+            time.sleep(0.01)
+            with lock:
+                order.append(name)
+            if problem is not None:
+                raise problem
+
+        return do
+
+    dense, bad = jobs.Job("dense", work("dense")), jobs.Job("bad", work("bad", ValueError("no such file")))
+    broken = jobs.Job("broken", work("broken", KeyError("ours")))
+    todo = [dense, jobs.Job("a", work("a"), after=dense), bad, jobs.Job("b", work("b"), after=bad), broken]
+    jobs.run_jobs(todo, slots=3, launcher=jobs.Launcher(), on_change=lambda: None)
+    assert [job.state for job in todo] == ["done", "done", "failed", "failed", "failed"]
+    assert order.index("dense") < order.index("a")
+    assert "b" not in order
+    assert bad.problem == "no such file"
+    assert todo[3].problem == "b: not begun, since bad failed"
+    assert "KeyError: 'ours'" in broken.problem
+
+
+def test_commands_write_into_their_log(import_tool: Import, tmp_path: Path) -> None:
+    jobs = import_tool("reproducing.jobs")
+    launcher = jobs.Launcher()
+    assert launcher.call(["recipes", "nope"], 1, tmp_path / "logs" / "a.log", slot=0) == 2
+    said = (tmp_path / "logs" / "a.log").read_text()
+    assert said.startswith("$ ")
+    assert "unknown recipe 'nope'" in said
+
+
+def test_gpus_are_shared_out(import_tool: Import, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = import_tool("reproducing.machine")
+    listing = tmp_path / "nvidia-smi"
+    listing.write_text("#!/bin/sh\nfor i in 0 1 2 3; do echo GPU $i; done\n")
+    listing.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert machine.choose_machine(jobs=None, processes=None, scale="full") == machine.Machine(
+        jobs=1, processes=4, gpus=("0", "1", "2", "3")
+    )
+    assert machine.choose_machine(jobs=None, processes=2, scale="tiny").gpus_by_job == [("0", "1"), ("2", "3")]
+    with pytest.raises(
+        ValueError, match="--jobs 3: 6 GPUs with --processes 2, of which there are 4; allowed: --jobs 1 to 2"
+    ):
+        machine.choose_machine(jobs=3, processes=2, scale="tiny")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,1")
+    assert machine.choose_machine(jobs=None, processes=1, scale="tiny").gpus_by_job == [("3",), ("1",)]
+    assert machine.choose_machine(jobs=1, processes=4, scale="tiny").gpus_by_job == []
+
+
+def test_figures_are_drawn(import_tool: Import, run_statistics: RoutingStatistics, tmp_path: Path) -> None:
+    results, paper, figures = (import_tool(f"reproducing.{name}") for name in ("results", "paper", "figures"))
+    one = results.RunResult(
+        name="a", folder="", seed=0, scores={}, train_seconds={}, eval_seconds=1.0, jobs=1, environment=None,
+        routing=run_statistics,
+    )  # fmt: skip
+    found = results.Results(2, {"moe_llava_stablelm": [one, one], "dar": [one, None], "ltdr_stablelm": [one, one]})
+    tables = paper.read_tables()
+    for name in ("figure1b", "figure4", "figure5"):
+        path = figures.draw(tables[name], found, tmp_path)
+        assert Image.open(path).size[0] > 500
+    assert figures.draw(tables["figure4"], results.Results(1, {}), tmp_path) is None
+    pooled = figures.pooled(found, "moe_llava_stablelm")
+    assert [values.tokens.tolist() for _, values in pooled.items()] == [[8, 12, 2]]  # of both seeds
+
+
+@pytest.fixture
+def run_statistics() -> RoutingStatistics:
+    """One layer: four words, of six patches the last is sure of its expert and is the tail."""
+    context = RoutingContext(
+        modality_BS=torch.tensor([[int(Modality.VISION)] * 6 + [int(Modality.LANGUAGE)] * 4], dtype=torch.int8),
+        image_BS=torch.tensor([[0] * 6 + [-1] * 4], dtype=torch.int32),
+        sample_BS=torch.zeros(1, 10, dtype=torch.int32),
+    )
+    probs_TE = torch.tensor([[0.3, 0.3, 0.2, 0.2]] * 5 + [[0.97, 0.01, 0.01, 0.01]] + [[0.4, 0.2, 0.2, 0.2]] * 4)
+    top = probs_TE.topk(2, dim=-1)
+    trace = RoutingTrace(context)
+    kept = torch.ones(10, 2, dtype=torch.bool)
+    trace.record(Site("language_model", 0), RoutingDecision(probs_TE.log(), probs_TE, top.indices, top.values, kept))
+    statistics = RoutingStatistics()
+    statistics.update(trace)
+    return statistics
+
+
+# the runs themselves
+
+
+@dataclass(frozen=True)
+class Made:
+    """A session whose runs were made, and how they ended."""
+
+    session: Any
+    outcome: Any
+
+
+@pytest.fixture(scope="module")
+def made(import_tool: Import, inputs: Inputs, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    session = make_session(import_tool, inputs, tmp_path_factory.mktemp("out"))
+    return Made(session, session.make_runs())
+
+
+def make_session(import_tool: Import, inputs: Inputs, out: Path, *overrides: str) -> Any:
+    session, plan, paper = (import_tool(f"reproducing.{name}") for name in ("session", "plan", "paper"))
+    table = paper.keep_rows(paper.read_tables()["claims"], ("ltdr_stablelm",))
+    table = paper.Table(name="claims", title=table.title, columns=(), rows=table.rows)
+    return session.Session(
+        tables=(table,),
+        plan=plan.make_plan([row.recipe for row in table.rows], 1, inputs.options(plan, out, overrides=overrides)),
+        out=out,
+        scale="tiny",
+        seeds=1,
+        machine=session.Machine(jobs=2, processes=1),
+    )
+
+
+def losses(folder: Path) -> list[tuple[int, float]]:
+    events = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [(event["global_step"], event["loss"]) for event in events if event["event"] == "step"]
+
+
+def environment() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "DS_ACCELERATOR": "cpu",
+                         "CUDA_VISIBLE_DEVICES": ""}  # fmt: skip
+
+
+@pytest.mark.distributed
+def test_a_run_from_shared_stages_is_the_unbroken_one(made: Made, tmp_path: Path) -> None:
+    assert (made.outcome.problems, made.outcome.stopped) == ((), ())
+    run = made.session.plan.of("ltdr_stablelm", 0)
+    command = ["-m", "moe_lvlm", "train", run.source, "seed=0", f"output_dir={tmp_path / 'unbroken'}"]
+    subprocess.run([sys.executable, *command], check=True, env=environment(), capture_output=True, timeout=300)
+    assert losses(run.folder) == losses(tmp_path / "unbroken")
+    assert [step for step, _ in losses(run.folder)] == list(range(1, 9))
+    ends = [
+        folder / "checkpoints" / "sparse-000005" / "rank-00000.safetensors"
+        for folder in (run.folder, tmp_path / "unbroken")
+    ]
+    assert ends[0].read_bytes() == ends[1].read_bytes()
+
+
+@pytest.mark.distributed
+def test_dense_stages_take_no_more_room(made: Made) -> None:
+    run = made.session.plan.of("ltdr_stablelm", 0)
+    file = Path("checkpoints") / "tune-000003" / "rank-00000.safetensors"
+    assert (run.folder / file).samefile(run.dense.folder / file)
+
+
+@pytest.mark.distributed
+def test_what_is_done_is_not_done_again(made: Made, import_tool: Import, inputs: Inputs) -> None:
+    again = make_session(import_tool, inputs, made.session.out)
+    again.check()
+    assert again._jobs() == []
+    assert again.describe().count("[done]") == 3
+    # other questions: the model stays, its scores do not
+    other = make_session(import_tool, inputs, made.session.out, "evaluation.tasks.0.limit=3")
+    other.check()
+    assert [job.name for job in other._jobs()] == ["moe_llava_stablelm-plain-s0", "ltdr_stablelm-plain-s0"]
+    assert other.describe().count("[trained]") == 2
+
+
+@pytest.mark.distributed
+def test_a_folder_of_another_recipe_is_refused(made: Made, import_tool: Import, inputs: Inputs) -> None:
+    other = make_session(import_tool, inputs, made.session.out, "stages.1.steps=6")
+    with pytest.raises(ValueError, match=r"holds a run of another recipe \(stages.1.steps: 5 before, 6 now\)"):
+        other.check()
+
+
+@pytest.mark.distributed
+def test_the_report_has_all_of_it(made: Made) -> None:
+    grids, data = made.session.report()
+    titles = [grid.title for grid in grids]
+    assert [title[:3] for title in titles] == ["(a)", "(a)", "(b)", "(c)", "(c)", "(d)", "(d)", "(e)", "Tab"]
+    scores = json.loads((made.session.plan.of("ltdr_stablelm", 0).folder / "metrics.json").read_text())["eval"]
+    shown = {row[0]: row for row in grids[titles.index("(d) Scores")].rows}
+    assert shown["LTDR"][1] == f"{100 * scores['colors']['accuracy']:.1f}"
+    run = data["runs"]["ltdr_stablelm-plain-s0"]
+    assert run["scores"]["colors.accuracy"] == 100 * scores["colors"]["accuracy"]
+    assert run["expert_rows_per_token"]["language"] == 2.0  # top-2, and no tail among words
+    assert run["expert_rows_per_token"]["vision"] > 2.0
+    assert "torch" in data["hardware"]
+    json.dumps(data)
+
+
+@pytest.mark.slow
+def test_a_failed_run_is_named_with_its_log(import_tool: Import, inputs: Inputs, tmp_path: Path) -> None:
+    session = make_session(import_tool, inputs, tmp_path, "data.mixture=[{path: missing.json}]")
+    outcome = session.make_runs()
+    assert len(outcome.problems) == 3  # the dense stages, and the two runs that wait for them
+    assert "training ended with status 2; the end of" in outcome.problems[0]
+    assert "missing.json" in outcome.problems[0]
+
+
+@pytest.mark.slow
+def test_the_tool_makes_a_table(tmp_path: Path) -> None:
+    """Shipped recipes with two steps a stage: twice the same command, the second makes nothing anew."""
+    overrides = [word for setting in SMALL for word in ("--override", setting)]
+    command = [sys.executable, str(ROOT / "tools" / "reproduce.py"), "7", "--rows", "vht", "--out", str(tmp_path / "out"),
+               "--json", str(tmp_path / "table.json"), "--markdown", str(tmp_path / "table.md"), *overrides]  # fmt: skip
+    for _ in range(2):
+        done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=900)
+        assert done.returncode == 0, done.stderr
+        assert "tiny scale shows the direction of an effect at best, not the paper's numbers" in done.stdout
+        assert "58.0" in done.stdout  # the paper's Avg of VHT
+    assert "running" not in done.stderr
+    data = json.loads((tmp_path / "table.json").read_text())
+    assert data["failed"] == []
+    assert set(data["runs"]) == {"moe_llava_stablelm-tiny-s0", "vht-tiny-s0"}
+    assert "### Table 7" in (tmp_path / "table.md").read_text()
+
+
+@pytest.mark.slow
+def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    overrides = [word for setting in [*SMALL, "stages.1.steps=400"] for word in ("--override", setting)]
+    out = tmp_path / "out"
+    command = [sys.executable, str(ROOT / "tools" / "reproduce.py"), "3", "--rows", "moe_llava_stablelm", "--out", str(out),
+               *overrides]  # fmt: skip
+    tool = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment())
+    deadline = time.monotonic() + 300
+    while time.monotonic() < deadline and not any('"tune"' in p.read_text() for p in out.glob("dense-*/log.jsonl")):
+        time.sleep(0.2)
+    tool.send_signal(signal.SIGINT)
+    _, said = tool.communicate(timeout=300)
+    assert tool.returncode == 130, said
+    assert "the same command goes on" in said
+    [log] = out.glob("dense-*/log.jsonl")
+    assert '"stopped"' in log.read_text()
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=900)
+    assert done.returncode == 0, done.stderr
+    assert '"resume"' in log.read_text()
+    steps = [step for step, _ in losses(out / "moe_llava_stablelm-tiny-s0")]
+    assert sorted(set(steps)) == list(range(1, 405))
