@@ -232,6 +232,47 @@ def test_classes_other_than_deepspeeds_data_are_refused(two_ranks: Path) -> None
         open_deepspeed(two_ranks)
 
 
+class ByName:
+    """Pickled as Python 3.11.2 pickles a member of an enum: by getattr."""
+
+    def __init__(self, owner: object, name: str) -> None:
+        self.owner, self.name = owner, name
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return getattr, (self.owner, self.name)
+
+
+@pytest.fixture(scope="module")
+def stages() -> type:
+    """DeepSpeed's enum of ZeRO stages, the class alone."""
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    return ZeroStageEnum
+
+
+def test_a_zero_stage_that_was_pickled_by_name(two_ranks: Path, stages: type) -> None:
+    for rank in (0, 1):
+        saved = torch.load(two_ranks / rank_file(rank), weights_only=False)
+        saved["optimizer_state_dict"]["zero_stage"] = ByName(stages, "gradients")
+        torch.save(saved, two_ranks / rank_file(rank))
+    assert values(two_ranks, "w") == [[0, 1], [2, 3]]
+
+
+@pytest.mark.parametrize("name", ["__class__", "mro", "from_bytes", "max_stage"])
+def test_no_other_attribute_is_taken(two_ranks: Path, stages: type, name: str) -> None:
+    saved = torch.load(two_ranks / rank_file(0), weights_only=False)
+    torch.save({**saved, "more": ByName(stages, name)}, two_ranks / rank_file(0))
+    with pytest.raises(CheckpointError, match=f"its pickle takes the attribute '{name}'"):
+        open_deepspeed(two_ranks)
+
+
+def test_attributes_of_other_classes_are_refused(two_ranks: Path) -> None:
+    saved = torch.load(two_ranks / rank_file(0), weights_only=False)
+    torch.save({**saved, "more": ByName(Path, "unlink")}, two_ranks / rank_file(0))
+    with pytest.raises(CheckpointError, match="refused"):
+        open_deepspeed(two_ranks)
+
+
 def test_no_file_outside_of_the_folder_is_opened(two_ranks: Path, tmp_path: Path) -> None:
     outside = tmp_path / "outside.pt"
     shutil.move(two_ranks / rank_file(1), outside)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from moe_lvlm.analysis.measures import MODALITIES, site_name
 from moe_lvlm.analysis.plots.routing import merged_bins
@@ -124,6 +125,7 @@ def _bars(axis: Axes, values: SiteStatistics, modality: Modality) -> None:
     share = counts[0] / max(counts.sum(), 1)
     axis.stairs(share, edges, fill=True, color=_COLORS[modality], alpha=0.75)
     axis.set_xlim(0, edges[-1])
+    axis.xaxis.set_major_locator(MaxNLocator(4))  # small numbers are long: more of them run into each other
 
 
 def _histogram(axis: Axes, values: SiteStatistics, modality: Modality) -> None:

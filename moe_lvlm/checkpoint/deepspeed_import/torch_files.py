@@ -25,12 +25,24 @@ class Inert:
     """Data of an object whose class is not wanted: attributes are set, nothing is called."""
 
 
+# Members of DeepSpeed's ZeroStageEnum, which are pickled by value, or, by Python 3.11.0 to 3.11.3, by name
+_ZERO_STAGES = {"disabled": 0, "optimizer_states": 1, "gradients": 2, "weights": 3}
+
+
+def _zero_stage(owner: object, name: object) -> int:
+    """In the place of `getattr` in a pickle: a ZeRO stage by its name, and nothing else."""
+    if owner is not int or name not in _ZERO_STAGES:
+        raise ValueError(f"its pickle takes the attribute {name!r} of {owner!r}; only names of ZeRO stages are read")
+    return _ZERO_STAGES[str(name)]
+
+
 # What DeepSpeed 0.19.8 writes besides tensors and plain data -> what is built instead
 _STAND_INS: tuple[tuple[Callable[..., Any], str], ...] = (
     (Inert, "deepspeed.runtime.fp16.loss_scaler.LossScaler"),
     (Inert, "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler"),
     (Inert, "deepspeed.utils.tensor_fragment.fragment_address"),
     (int, "deepspeed.runtime.zero.config.ZeroStageEnum"),
+    (_zero_stage, "builtins.getattr"),
 )
 _BLOCKED = re.compile(r"(?:GLOBAL|global|function|class) ([\w.]+\.[\w.]+)")
 
