@@ -260,6 +260,18 @@ class MoEConfig(Settings):
         """Routed experts that an ordinary token uses; the most that it may use where that is left to the router."""
         return self.num_experts if isinstance(self.router, DynamicRouterSettings) else self.top_k
 
+    @property
+    def needs_attention_weights(self) -> bool:
+        """Whether routers read the weights of their layer's attention, which only the eager kind gives."""
+        return isinstance(self.router, LongTailRouterSettings) and self.router.eea_select == "instruction_aware"
+
+    @property
+    def prompt_facts(self) -> frozenset[str]:
+        """What a forward pass must be told of the prompt besides its tokens: of `instruction_mask`, `cluster_ids`."""
+        needed = {"instruction_mask": self.needs_attention_weights or self.router.kind == "instruct"}
+        needed["cluster_ids"] = self.router.kind == "cluster"
+        return frozenset(name for name, is_needed in needed.items() if is_needed)
+
     def layer_indices(self, num_layers: int) -> tuple[int, ...]:
         """Indices of the decoder layers that become sparse, ascending.
 

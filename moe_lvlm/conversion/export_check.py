@@ -64,7 +64,7 @@ def check_export(
     """
     batches = synthetic_batches(config)
     ours = _run(lambda: _load_trained(source, config, dtype), batches, config)
-    theirs = _run(lambda: _load_exported(target, remote_code), batches, config)
+    theirs = _run(lambda: _load_exported(target, remote_code, config.default_attention), batches, config)
     difference = max(float((a - b).abs().max()) for a, b in zip(ours.logits, theirs.logits, strict=True))
     largest = max(float(logits.abs().max()) for logits in ours.logits)
     limit = 0.0 if remote_code is not None else TOLERANCE * max(1.0, largest)
@@ -106,11 +106,20 @@ def synthetic_batches(config: MoELlavaConfig) -> list[Batch]:
     num_images = sum(images for images, _ in _WORDS)
     height, width = image_size(config.vision_config)
     pixels = torch.randn(num_images, config.vision_config.num_channels, height, width, generator=generator)
-    return [
+    batches = [
         _pad(texts, side="right"),
         _pad(mixed, side="right") | {"pixel_values": pixels},
         _pad(mixed, side="left") | {"pixel_values": pixels},
     ]
+    return [batch | _prompt_facts(config, batch) for batch in batches]
+
+
+def _prompt_facts(config: MoELlavaConfig, batch: Batch) -> Batch:
+    """What the routers want to know of a batch: all words are the instruction, and all of the first cluster."""
+    moe = config.moe_config
+    is_word = (batch["attention_mask"] == 1) & (batch["input_ids"] != config.image_token_id)
+    facts = {"instruction_mask": is_word.long(), "cluster_ids": torch.zeros(len(is_word), dtype=torch.int64)}
+    return {} if moe is None else {name: fact for name, fact in facts.items() if name in moe.prompt_facts}
 
 
 def _sample(config: MoELlavaConfig, images: int, words: int, generator: torch.Generator) -> Tensor:
@@ -131,13 +140,13 @@ def _pad(samples: Sequence[Tensor], *, side: str) -> Batch:
 
 
 def _load_trained(source: Path, config: MoELlavaConfig, dtype: torch.dtype) -> PreTrainedModel:
-    config._attn_implementation = "sdpa"
+    config._attn_implementation = config.default_attention
     model = build_empty(config)
     load_weights(model, open_source(source), dtype=dtype)
     return model.float().eval()
 
 
-def _load_exported(target: Path, remote_code: RemoteCode | None) -> PreTrainedModel:
+def _load_exported(target: Path, remote_code: RemoteCode | None, attention: str) -> PreTrainedModel:
     """As plain transformers loads it. Its auto classes would take this package's class instead of the folder's code."""
     if remote_code is None:
         model_class = LlavaForConditionalGeneration
@@ -145,7 +154,7 @@ def _load_exported(target: Path, remote_code: RemoteCode | None) -> PreTrainedMo
         reference = remote_code.auto_map["AutoModelForImageTextToText"]
         model_class = get_class_from_dynamic_module(reference, str(target))
     model, found = model_class.from_pretrained(
-        target, dtype=torch.float32, attn_implementation="sdpa", output_loading_info=True
+        target, dtype=torch.float32, attn_implementation=attention, output_loading_info=True
     )
     for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if found[problem]:

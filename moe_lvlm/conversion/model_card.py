@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -19,6 +19,25 @@ from moe_lvlm.config.yaml_text import dump_yaml
 from moe_lvlm.conversion.parameters import ParameterCounts
 from moe_lvlm.conversion.provenance import Provenance
 
+
+class _PromptFact(NamedTuple):
+    """text: what it is. line: of the snippet, that makes one."""
+
+    text: str
+    line: str
+
+
+# What a forward pass must be told of the prompt, by `MoEConfig.prompt_facts`
+_PROMPT_FACTS = {
+    "instruction_mask": _PromptFact(
+        "[B, S], 1 at the user's words; the snippet counts the template's words among them, training did not",
+        'inputs["instruction_mask"] = (inputs["input_ids"] != model.config.image_token_id).long()',
+    ),
+    "cluster_ids": _PromptFact(
+        "[B], the cluster of each row's instruction in the table that the model was trained with (`data.clusters`)",
+        'inputs["cluster_ids"] = inputs["input_ids"].new_zeros(1)  # write the instruction\'s own cluster here',
+    ),
+}
 # Whose vision tokens take more experts than others, by `router.eea_select`
 _SELECTED = {
     "vision_tail": "Vision tokens of the long tail",
@@ -100,7 +119,9 @@ def _head(facts: CardFacts) -> Iterator[str]:
 
 
 def _loading(facts: CardFacts) -> Iterator[str]:
-    trust = ", trust_remote_code=True" if facts.form == "native" else ""
+    options = ", trust_remote_code=True" if facts.form == "native" else ""
+    if facts.moe is not None and facts.moe.needs_attention_weights:
+        options += ', attn_implementation="eager"'
     yield "## How to load it"
     yield ""
     yield "```python"
@@ -108,15 +129,20 @@ def _loading(facts: CardFacts) -> Iterator[str]:
     yield "from transformers import AutoModelForImageTextToText, AutoProcessor"
     yield ""
     yield 'folder = "."  # this folder, or its name on a hub'
-    yield f"model = AutoModelForImageTextToText.from_pretrained(folder{trust})"
+    yield f"model = AutoModelForImageTextToText.from_pretrained(folder{options})"
     yield "processor = AutoProcessor.from_pretrained(folder)"
     yield ""
     yield 'image = Image.open("image.png").convert("RGB")'
     yield facts.prompt
     yield 'inputs = processor(images=image, text=prompt, add_special_tokens=False, return_tensors="pt")'
+    for name in sorted(facts.moe.prompt_facts if facts.moe is not None else ()):
+        yield _PROMPT_FACTS[name].line
     yield "answer = model.generate(**inputs.to(model.device, model.dtype), max_new_tokens=64)"
     yield 'print(processor.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))'
     yield "```"
+    for name in sorted(facts.moe.prompt_facts if facts.moe is not None else ()):
+        yield ""
+        yield f"Its routers also want `{name}` beside `input_ids`, in `forward` and `generate`: {_PROMPT_FACTS[name].text}."
     if facts.form == "native":
         yield ""
         yield "With moe-lvlm installed, `moe_lvlm.load(folder)` gives model and processor without remote code."

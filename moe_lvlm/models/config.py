@@ -25,6 +25,12 @@ class MoELlavaConfig(LlavaConfig):
         """The typed form of `moe`."""
         return None if self.moe is None else MoEConfig.model_validate(self.moe)
 
+    @property
+    def default_attention(self) -> str:
+        """The kind of attention to load with: eager where routers read its weights, else sdpa."""
+        moe = self.moe_config
+        return "eager" if moe is not None and moe.needs_attention_weights else "sdpa"
+
     def with_moe(self, moe: MoEConfig | None) -> MoELlavaConfig:
         """A copy with another mixture of experts."""
         fields = self.to_dict()

@@ -23,22 +23,27 @@ PROCESSOR = "processor"
 
 
 def load(
-    path: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, attention: str = "sdpa"
+    path: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    attention: str | None = None,
 ) -> tuple[MoELlavaForConditionalGeneration, LlavaProcessor]:
     """The model, in evaluation mode, and its processor.
 
     path: a run's folder (its newest valid checkpoint), one checkpoint of a run, or a folder written by
         `save_pretrained` that holds the processor too (plain LLaVA folders load as dense models).
+    attention: None is sdpa, or eager where a router reads attention weights.
 
     Raises:
         ValueError: none of these, or a folder with a missing, unexpected or misshapen tensor; nothing is left random.
     """
     model_folder, processor_folder = find_model(path)
     if is_plain_llava(model_folder):
-        model = load_plain_llava(model_folder, dtype=dtype, attention=attention)
+        model = load_plain_llava(model_folder, dtype=dtype, attention=attention or "sdpa")
     else:
         config = config_of(model_folder)
-        config._attn_implementation = attention
+        config._attn_implementation = attention or config.default_attention
         model = build_empty(config)
         load_weights(model, open_source(model_folder), device=device, dtype=dtype)
     processor = load_processor(processor_folder)

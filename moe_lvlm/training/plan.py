@@ -8,7 +8,7 @@ from typing import Any
 from transformers import LlavaProcessor
 
 from moe_lvlm.config.deepspeed import resolve_deepspeed
-from moe_lvlm.config.moe import ClusterRouterSettings, LongTailRouterSettings, MoEConfig
+from moe_lvlm.config.moe import ClusterRouterSettings, MoEConfig
 from moe_lvlm.config.recipe import Recipe, StageSettings
 from moe_lvlm.data.errors import BadRecordError
 from moe_lvlm.data.instructions import first_instruction
@@ -74,8 +74,7 @@ def check_data(recipe: Recipe, processor: LlavaProcessor) -> None:
 def _check_facts(recipe: Recipe, moe: MoEConfig) -> None:
     """Whether the recipe gives what the router goes by."""
     data, attention = recipe.data, recipe.model.attention
-    wants_attention = isinstance(moe.router, LongTailRouterSettings) and moe.router.eea_select == "instruction_aware"
-    if wants_attention and attention != "eager":
+    if moe.needs_attention_weights and attention != "eager":
         raise ValueError(
             f"model.attention: {attention}; moe.router.eea_select: instruction_aware needs attention weights, which only "
             "eager gives; allowed: eager"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,7 @@ from transformers import GenerationConfig
 import moe_lvlm
 from moe_lvlm.checkpoint.files import hash_file
 from moe_lvlm.config.load import load_recipe
+from moe_lvlm.config.moe import MoEConfig
 from moe_lvlm.conversion.export import ExportResult, export_model, plan_export
 from moe_lvlm.conversion.export_check import ExportCheckError, check_export, synthetic_batches
 from moe_lvlm.data.mixture import build_samples
@@ -28,6 +30,7 @@ from moe_lvlm.data.records import Turn
 from moe_lvlm.models.llava import MoELlavaForConditionalGeneration
 from moe_lvlm.models.processor import num_image_tokens
 from moe_lvlm.routing.eea import without_eea
+from tests.conversion.test_dense import write_sparse
 from tests.trained_run import write_trained_run
 
 # Runs elsewhere, where `import moe_lvlm` fails: the card's own snippet, then logits and answers of given batches.
@@ -211,6 +214,34 @@ def test_a_dense_checkpoint(tmp_path: Path) -> None:
     again, _ = moe_lvlm.load(tmp_path / "out")  # a dense LLaVA is a model that can be trained on
     ours, _ = moe_lvlm.load(run)
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in ours.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("router", "words"),
+    [
+        ({"kind": "instruct"}, ["instruction_mask"]),
+        ({"kind": "cluster", "num_clusters": 2, "embedding_width": 8}, ["cluster_ids"]),
+        (
+            {"kind": "ltdr", "eea_select": "instruction_aware"},
+            ["instruction_mask", 'trust_remote_code=True, attn_implementation="eager"'],
+        ),
+        ({"kind": "dynamic"}, ["any number of them"]),
+    ],
+)
+def test_routers_that_want_to_know_more(router: dict[str, Any], words: list[str], tmp_path: Path) -> None:
+    """The check runs the model with what its routers ask for, and the card tells a user to give it."""
+    write_sparse(tmp_path / "sparse", MoEConfig.model_validate({"router": router}))
+    result = export_model(plan_export(tmp_path / "sparse"), tmp_path / "out", is_checked=True)
+    assert result.plan.form == "native"
+    assert result.check is not None and result.check.max_difference == 0
+    card = (tmp_path / "out" / "README.md").read_text()
+    for text in words:
+        assert text in card
+    model, _ = moe_lvlm.load(tmp_path / "out")
+    snippet = re.search(r"```python\n(.*?)```", card, re.DOTALL)
+    assert snippet is not None
+    given = {name for name in ("instruction_mask", "cluster_ids") if f'inputs["{name}"]' in snippet[1]}
+    assert model.config.moe_config is not None and given == model.config.moe_config.prompt_facts
 
 
 @pytest.mark.parametrize("kind", ["native", "stock"])

@@ -14,8 +14,10 @@ import moe_lvlm
 from moe_lvlm.checkpoint.fragments import live_model
 from moe_lvlm.checkpoint.ranks import SingleRank
 from moe_lvlm.checkpoint.save import save_checkpoint
+from moe_lvlm.config.moe import MoEConfig
 from moe_lvlm.config.recipe import ModelSettings
 from moe_lvlm.models.build import build_dense
+from moe_lvlm.models.config import MoELlavaConfig
 from moe_lvlm.models.llava import MoELlavaForConditionalGeneration
 from moe_lvlm.models.load import find_model
 from moe_lvlm.moe.upcycle import moe_layers
@@ -92,6 +94,13 @@ def test_precision_and_attention(folder: Path) -> None:
     model, _ = moe_lvlm.load(folder, dtype=torch.bfloat16, attention="eager")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
     assert model.config.text_config._attn_implementation == "eager"
+
+
+def test_attention_that_routers_read_is_eager() -> None:
+    moe = {"router": {"kind": "ltdr", "eea_select": "instruction_aware"}}
+    assert MoELlavaConfig(moe=MoEConfig.model_validate(moe).to_dict()).default_attention == "eager"
+    assert MoELlavaConfig(moe=MoEConfig().to_dict()).default_attention == "sdpa"
+    assert MoELlavaConfig().default_attention == "sdpa"
 
 
 def test_plain_llava_folders_are_dense_models(tmp_path: Path) -> None:
