@@ -110,7 +110,7 @@ class RoutingDecision(NamedTuple):
     """Which experts take which row, and with what weight. A tuple, since ZeRO-3's hooks look into nothing else.
 
     logits_RE: float32, scores before the softmax.
-    probs_RE: float32, softmax over all experts (LTDR's P).
+    probs_RE: float32, softmax over all experts that the row may choose (LTDR's P), 0 for others.
     expert_ids_RK: int64, best first. A slot that keep_RK leaves out carries no row and weight 0.
     weights_RK: float32, in the combination of expert outputs.
     keep_RK: bool; the number of kept slots may differ from row to row, and is 0 at padding.
