@@ -6,7 +6,7 @@ import json
 import platform
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from moe_lvlm.checkpoint.files import replace_text
+from moe_lvlm.config.identity import training_settings
 from moe_lvlm.config.load import dump_recipe, load_recipe
 from moe_lvlm.config.recipe import Recipe
 from moe_lvlm.models.load import CHECKPOINTS, PROCESSOR
@@ -28,9 +29,6 @@ _OURS = (
 )  # fmt: skip
 # What a run that was killed before its recipe was written has left.
 _BEFORE_RECIPE = (LOCK, f".{RECIPE}.tmp")
-# What another value of leaves the same model on the same data: a resumed run may have it.
-_FREE = ("name", "output_dir", "evaluation", "parallel", "data.num_workers", "data.bad_sample_limit")
-_FREE_TRAIN = ("train.checkpoint", "train.log_every", "train.max_skipped_steps", "train.gradient_checkpointing")
 
 
 def run_folder(recipe: Recipe) -> Path:
@@ -78,24 +76,11 @@ def adopt_run(source: Path, target: Path) -> list[str]:
 
 def check_same_run(before: Recipe, now: Recipe, folder: Path) -> None:
     """ValueError, naming the keys, if a resume would change what is trained. Topology and logging may change."""
-    old, new = dict(_flatten(before.model_dump(mode="json"))), dict(_flatten(now.model_dump(mode="json")))
-    changed = sorted(
-        key
-        for key in old.keys() | new.keys()
-        if old.get(key) != new.get(key) and not key.startswith(_FREE + _FREE_TRAIN)
-    )
+    old, new = training_settings(before), training_settings(now)
+    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
     if changed:
         details = "; ".join(f"{key}: {old.get(key)!r} before, {new.get(key)!r} now" for key in changed[:5])
         raise ValueError(f"{folder} holds a run of another recipe ({details}); use --fresh or another output_dir")
-
-
-def _flatten(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    pairs = values.items() if isinstance(values, Mapping) else enumerate(values) if isinstance(values, list) else None
-    if pairs is None:
-        yield prefix, values
-        return
-    for key, value in pairs:
-        yield from _flatten(value, f"{prefix}.{key}" if prefix else str(key))
 
 
 def _clear(folder: Path) -> None:

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from moe_lvlm.cli import main
 from moe_lvlm.config.recipe import OptimizerSettings
 from moe_lvlm.data.loader import MicroBatch
+from moe_lvlm.models.llava import MoELlavaForConditionalGeneration
 from moe_lvlm.parallel.engine import start_engine
 from moe_lvlm.parallel.expert_parallel import bind_expert_parallel
 from moe_lvlm.parallel.process_group import World, join_world
@@ -49,12 +50,38 @@ def train(case: Case) -> dict[str, Any]:
 
 
 def _start(case: Case, world: World) -> Any:
-    model = build(case.problem).to(torch.bfloat16 if case.precision == "bf16" else torch.float32)
-    bind_expert_parallel(model, case.expert_parallel_size, zero_stage=case.zero)
-    if case.has_checkpointing:
+    return start_training(
+        build(case.problem),
+        world,
+        num_micro_batches=len(case.problem.steps[0]),
+        zero=case.zero,
+        expert_parallel_size=case.expert_parallel_size,
+        precision=case.precision,
+        has_checkpointing=case.has_checkpointing,
+    )
+
+
+def start_training(
+    model: MoELlavaForConditionalGeneration,
+    world: World,
+    *,
+    num_micro_batches: int,
+    zero: int,
+    expert_parallel_size: int,
+    precision: str,
+    has_checkpointing: bool,
+    persistence_threshold: int = 0,
+) -> Any:
+    """An engine that trains a built model, in training mode.
+
+    num_micro_batches: of a step, over all ranks. persistence_threshold: parameters below it are not partitioned at ZeRO
+    3; 0 partitions the smallest too.
+    """
+    model = model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
+    bind_expert_parallel(model, expert_parallel_size, zero_stage=zero)
+    if has_checkpointing:
         model.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
     settings = OptimizerSettings(eps=EPS, weight_decay=WEIGHT_DECAY)
-    num_micro_batches = len(case.problem.steps[0])
     engine = start_engine(
         model,
         parameter_groups(model, learning_rate=LEARNING_RATE, settings=settings),
@@ -63,10 +90,9 @@ def _start(case: Case, world: World) -> Any:
             "train_micro_batch_size_per_gpu": 2,
             "gradient_accumulation_steps": num_micro_batches // world.size,
             "gradient_clipping": CLIP,
-            "bf16": {"enabled": case.precision == "bf16"},
-            # threshold 0: ZeRO-3 partitions the smallest parameter too
-            "zero_optimization": {"stage": case.zero}
-            | ({"stage3_param_persistence_threshold": 0} if case.zero == 3 else {}),
+            "bf16": {"enabled": precision == "bf16"},
+            "zero_optimization": {"stage": zero}
+            | ({"stage3_param_persistence_threshold": persistence_threshold} if zero == 3 else {}),
             "zero_allow_untested_optimizer": True,
             "steps_per_print": 10**9,
         },

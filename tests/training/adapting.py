@@ -11,20 +11,17 @@ import torch.distributed as dist
 
 from moe_lvlm.checkpoint.engine import live_engine
 from moe_lvlm.config.moe import MoEConfig
-from moe_lvlm.config.recipe import OptimizerSettings
 from moe_lvlm.data.collator import Batch
 from moe_lvlm.data.loader import MicroBatch
 from moe_lvlm.models.llava import MoELlavaForConditionalGeneration
 from moe_lvlm.moe.upcycle import moe_layers
-from moe_lvlm.parallel.engine import start_engine
-from moe_lvlm.parallel.expert_parallel import bind_expert_parallel
 from moe_lvlm.parallel.process_group import join_world
 from moe_lvlm.routing.dynamic import DynamicRouter
 from moe_lvlm.training.adaptation import ExpertAdaptation
-from moe_lvlm.training.optimizer import parameter_groups
 from moe_lvlm.training.step import count_step, run_step
 from moe_lvlm.training.trainable import select_trainable
-from tests.parallel.problems import CLIP, EPS, LEARNING_RATE, WEIGHT_DECAY, Problem, batches
+from tests.parallel.jobs import start_training
+from tests.parallel.problems import Problem, batches
 from tests.tiny_models import tiny_moe_llava
 
 STEPS, ADAPT_EVERY, NUM_EXPERTS = 3, 2, 4
@@ -83,27 +80,16 @@ def micro_batches(step: int) -> list[Batch]:
 def adapt(case: Case) -> dict[str, Any]:
     """Train and adapt. Of each step what was reported; after the adaptation and at the end what this rank holds."""
     world = join_world()
-    model = build().to(torch.bfloat16 if case.precision == "bf16" else torch.float32)
-    bind_expert_parallel(model, case.expert_parallel_size, zero_stage=case.zero)
-    if case.has_checkpointing:
-        model.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
-    settings = OptimizerSettings(eps=EPS, weight_decay=WEIGHT_DECAY)
-    engine = start_engine(
-        model,
-        parameter_groups(model, learning_rate=LEARNING_RATE, settings=settings),
-        optimizer_options={"lr": LEARNING_RATE, "betas": settings.betas, "eps": settings.eps},
-        config={
-            "train_micro_batch_size_per_gpu": 2,
-            "gradient_accumulation_steps": len(micro_batches(0)) // world.size,
-            "gradient_clipping": CLIP,
-            "bf16": {"enabled": case.precision == "bf16"},
-            "zero_optimization": {"stage": case.zero}
-            | ({"stage3_param_persistence_threshold": 200} if case.zero == 3 else {}),
-            "zero_allow_untested_optimizer": True,
-            "steps_per_print": 10**9,
-        },
+    engine = start_training(
+        build(),
+        world,
+        num_micro_batches=len(micro_batches(0)),
+        zero=case.zero,
+        expert_parallel_size=case.expert_parallel_size,
+        precision=case.precision,
+        has_checkpointing=case.has_checkpointing,
+        persistence_threshold=200,
     )
-    engine.train()
     adaptation = ExpertAdaptation(engine.module, is_new_stage=True)
     reports, adapted = [], {}
     for step in range(STEPS):

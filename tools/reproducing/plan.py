@@ -11,14 +11,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from moe_lvlm.config.identity import training_settings
 from moe_lvlm.config.load import load_recipe
 from moe_lvlm.config.moe import MoEConfig
 from moe_lvlm.config.recipe import Recipe
 
 RECIPES = "ltdr"
 MARK = "reproduce.json"  # in each of our folders: what it holds, before anything is trained
-_FREE = ("name", "output_dir", "evaluation", "parallel")
-_FREE_TRAIN = ("checkpoint", "log_every", "max_skipped_steps")
 _DIGEST_LENGTH = 12
 
 
@@ -155,13 +154,8 @@ def _dense(recipe: Recipe, options: Options) -> Dense | None:
 
 
 def training_digest(recipe: Recipe) -> str:
-    """Of all in a recipe that decides what is trained. Names, folders, evaluation, topology and logging do not."""
-    values: dict[str, Any] = recipe.model_dump(mode="json")
-    for key in _FREE:
-        values.pop(key)
-    for key in _FREE_TRAIN:
-        values["train"].pop(key)
-    return _digest(values)
+    """Of all in a recipe that decides what is trained, and so whether two rows are one run."""
+    return _digest(training_settings(recipe))
 
 
 def evaluation_digest(recipe: Recipe) -> str:

@@ -1,0 +1,28 @@
+"""Which of a recipe's settings decide what is trained: two recipes that agree in them are one training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from moe_lvlm.config.recipe import Recipe
+
+# What another value of leaves the same model on the same data: a resumed run may have it.
+_FREE = ("name", "output_dir", "evaluation", "parallel", "data.num_workers", "data.bad_sample_limit")
+_FREE_TRAIN = ("train.checkpoint", "train.log_every", "train.max_skipped_steps", "train.gradient_checkpointing")
+
+
+def training_settings(recipe: Recipe) -> dict[str, Any]:
+    """The deciding settings by dotted key (`stages.0.steps`), plain JSON values. Names, folders, evaluation, topology,
+    checkpoints and logging are not among them."""
+    settings = _flatten(recipe.model_dump(mode="json"))
+    return {key: value for key, value in settings if not key.startswith(_FREE + _FREE_TRAIN)}
+
+
+def _flatten(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    pairs = values.items() if isinstance(values, Mapping) else enumerate(values) if isinstance(values, list) else None
+    if pairs is None:
+        yield prefix, values
+        return
+    for key, value in pairs:
+        yield from _flatten(value, f"{prefix}.{key}" if prefix else str(key))
