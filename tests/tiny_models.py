@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -17,10 +17,13 @@ from transformers import (
     AutoModelForCausalLM,
     CLIPVisionConfig,
     Dinov2Config,
+    InstructBlipConfig,
+    InstructBlipForConditionalGeneration,
     LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     MistralConfig,
+    OPTConfig,
     Phi3Config,
     PhiConfig,
     PreTrainedConfig,
@@ -29,9 +32,16 @@ from transformers import (
     Qwen3Config,
     SiglipVisionConfig,
     StableLmConfig,
+    T5Config,
 )
 
+from moe_lvlm.config.connector import ExpertSettings
 from moe_lvlm.config.moe import MoEConfig
+from moe_lvlm.connectors.upcycle import experts_of, upcycle_qformer
+from moe_lvlm.data.collator import pad_rows
+from moe_lvlm.models.context import derive_context
+from moe_lvlm.models.instructblip import MoEInstructBlipForConditionalGeneration
+from moe_lvlm.models.instructblip_config import MoEInstructBlipConfig
 from moe_lvlm.models.llava import MoELlavaForConditionalGeneration
 from moe_lvlm.models.upcycle import upcycle
 from moe_lvlm.moe.upcycle import moe_layers
@@ -204,3 +214,101 @@ def collate_with_facts(samples: Sequence[TinySample], *, side: str = "right") ->
     batch = collate(samples, side=side)
     is_word = (batch["attention_mask"] == 1) & (batch["labels"] == -100) & (batch["input_ids"] != IMAGE_ID)
     return batch | {"instruction_mask": is_word.long(), "cluster_ids": torch.arange(len(samples)) % 3}
+
+
+# The language models that InstructBLIP and BLIP-2 come with: Vicuna (LLaMA), OPT, Flan-T5.
+BLIP_TEXT_CONFIGS: dict[str, Callable[[], PreTrainedConfig]] = {
+    "llama": tiny_text_config,
+    "opt": lambda: OPTConfig(
+        hidden_size=HIDDEN, word_embed_proj_dim=HIDDEN, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
+        vocab_size=VOCABULARY, max_position_embeddings=64, init_std=0.2, dropout=0.0,
+        pad_token_id=PAD_ID, bos_token_id=BOS_ID, eos_token_id=EOS_ID,
+    ),
+    "t5": lambda: T5Config(
+        d_model=HIDDEN, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=VOCABULARY, dropout_rate=0.0,
+        feed_forward_proj="gated-gelu", tie_word_embeddings=False,
+        pad_token_id=PAD_ID, eos_token_id=EOS_ID, decoder_start_token_id=PAD_ID,
+    ),
+}  # fmt: skip
+NUM_QUERIES = 3
+NUM_WORDS = 20  # vocabulary of the Q-Former
+
+
+def tiny_blip_config(text: str = "llama", *, num_layers: int = 4) -> InstructBlipConfig:
+    """Configuration of a tiny InstructBLIP without dropout; 3 visual tokens an image."""
+    return InstructBlipConfig(
+        vision_config={"intermediate_size": 32, **_VISION},
+        qformer_config={
+            "hidden_size": 16, "num_hidden_layers": num_layers, "num_attention_heads": 2, "intermediate_size": 24,
+            "vocab_size": NUM_WORDS, "max_position_embeddings": 16, "initializer_range": 0.2,
+            "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
+        },
+        text_config=BLIP_TEXT_CONFIGS[text](),
+        num_query_tokens=NUM_QUERIES,
+        image_token_index=IMAGE_ID,
+    )  # fmt: skip
+
+
+def tiny_blip(text: str = "llama", *, seed: int = 0) -> InstructBlipForConditionalGeneration:
+    """An InstructBLIP of transformers, in evaluation mode."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = InstructBlipForConditionalGeneration(tiny_blip_config(text))
+    shake(model, scale=0.1, seed=seed)
+    shake(model.qformer.embeddings, scale=0.5, seed=seed)  # words that differ
+    return model.eval()
+
+
+def tiny_moe_blip(
+    settings: ExpertSettings | None, text: str = "llama", *, seed: int = 0, is_upcycled: bool = False
+) -> MoEInstructBlipForConditionalGeneration:
+    """Ours around the same parameters, in evaluation mode. is_upcycled: experts stay copies of the query FFN; else they
+    differ from each other, and routers are sure of themselves."""
+    stock = tiny_blip(text, seed=seed)
+    fields = stock.config.to_dict() | {"model_type": MoEInstructBlipConfig.model_type}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = MoEInstructBlipForConditionalGeneration(MoEInstructBlipConfig.from_dict(fields))
+        model.load_state_dict(stock.state_dict())
+        if settings is not None:
+            model.config.experts = settings.model_dump(mode="json")
+            model.qformer = upcycle_qformer(model.qformer, settings)
+    for index, (_, layer) in enumerate([] if is_upcycled else experts_of(model)):
+        shake(layer.experts, scale=0.3, seed=seed + index)
+        shake(layer.router, scale=2.0, seed=seed + index)
+    return model.eval()
+
+
+def blip_batch(text: str = "llama", *, num_samples: int = 4, seed: int = 0) -> dict[str, Any]:
+    """Samples of one image and 2 to 5 words each with an answer of two tokens, and 1 to 4 words for the Q-Former."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(low: int, high: int, *shape: int) -> Tensor:
+        return torch.randint(low, high, shape, generator=generator)
+
+    rows, answers, words = [], [], []
+    for index in range(num_samples):
+        prompt = torch.cat(
+            (torch.full((NUM_QUERIES,), IMAGE_ID), torch.tensor([BOS_ID]), draw(3, IMAGE_ID, 2 + index % 4))
+        )
+        answer = draw(3, IMAGE_ID, 2)
+        rows.append(prompt if text == "t5" else torch.cat((prompt, answer)))
+        answers.append(
+            torch.cat((torch.tensor([-100]), answer)) if text == "t5" else torch.cat((prompt * 0 - 100, answer))
+        )
+        words.append(torch.cat((torch.tensor([1]), draw(2, NUM_WORDS, index % 4))))
+    input_ids, attention_mask = pad_rows(rows, PAD_ID)
+    labels, _ = pad_rows(answers, -100)
+    qformer_input_ids, qformer_attention_mask = pad_rows(words, 0)
+    return {
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "labels": labels,
+        "pixel_values": torch.randn(num_samples, 3, IMAGE_SIZE, IMAGE_SIZE, generator=generator),
+        "qformer_input_ids": qformer_input_ids,
+        "qformer_attention_mask": qformer_attention_mask,
+        "routing": replace(
+            derive_context(input_ids, attention_mask=attention_mask, image_token_id=IMAGE_ID, num_images=num_samples),
+            draw_N=draw(0, 2**62, num_samples),
+        ),
+    }

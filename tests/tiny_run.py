@@ -7,10 +7,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import yaml
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import (
+    AutoTokenizer,
+    InstructBlipForConditionalGeneration,
+    InstructBlipProcessor,
+    PreTrainedTokenizerFast,
+)
+
+from moe_lvlm.models.processor import default_image_processor
+from tests.tiny_models import shake, tiny_blip_config
 
 COLORS = {"red": (220, 40, 40), "green": (40, 180, 60), "blue": (40, 60, 220), "white": (240, 240, 240)}
 TEMPLATE = (
@@ -109,4 +118,68 @@ def write_run_inputs(folder: Path, **changes: Any) -> Path:
     write_data(folder, text_only_every=5)
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(tiny_recipe(folder, **changes), sort_keys=False))
+    return path
+
+
+def write_words(folder: Path) -> None:
+    """A word tokenizer for a Q-Former's text, which puts [CLS] first by itself."""
+    words = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", *COLORS, "what", "color", "is", "it", "?", "say", "hello", "word"]
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]", unk_token="[UNK]"
+    ).save_pretrained(folder)
+
+
+def write_instructblip(folder: Path, text: str = "llama") -> None:
+    """A tiny InstructBLIP with its processor, in the published layout. text: of `BLIP_TEXT_CONFIGS`."""
+    write_tokenizer(folder)
+    write_words(folder / "qformer_tokenizer")
+    torch.manual_seed(5)
+    config = tiny_blip_config(text)
+    config.image_token_index = AutoTokenizer.from_pretrained(folder).convert_tokens_to_ids("<image>")
+    model = InstructBlipForConditionalGeneration(config)
+    shake(model, scale=0.1, seed=5)
+    model.save_pretrained(folder)
+    InstructBlipProcessor(
+        image_processor=default_image_processor(config.vision_config),
+        tokenizer=AutoTokenizer.from_pretrained(folder),
+        qformer_tokenizer=AutoTokenizer.from_pretrained(folder / "qformer_tokenizer"),
+        num_query_tokens=config.num_query_tokens,
+    ).save_pretrained(folder)
+
+
+def qmoe_recipe(folder: Path, text: str = "llama", **changes: Any) -> dict[str, Any]:
+    """A Q-MoE begun from an InstructBLIP folder, on one question an image, as YAML would give it."""
+    return {
+        "name": "tiny-qmoe",
+        "output_dir": str(folder / "run"),
+        "model": {
+            "from_pretrained": str(folder / f"instructblip-{text}"),
+            "connector": {"kind": "qmoe", "experts": {"num_layers": 2, "importance_coefficient": 0.1}},
+        },
+        "data": {"image_root": str(folder), "mixture": [{"path": "questions.json"}], "template": "instruct"},
+        "train": {"precision": "fp32", "log_every": 1, "checkpoint": {"every": 1, "keep_last": 100}},
+        "parallel": {"deepspeed": "zero2"},
+        "stages": [
+            {"name": "tune", "train": ["connector"], "steps": 5, "micro_batch": 4, "global_batch": 8,
+             "learning_rate": 1.0e-3},
+        ],
+        "evaluation": {"tasks": [{"name": "colors", "path": "questions.json", "max_new_tokens": 3}], "batch_size": 8},
+    } | changes  # fmt: skip
+
+
+def write_qmoe_inputs(folder: Path, text: str = "llama", **changes: Any) -> Path:
+    """Questions, an InstructBLIP and recipe.yaml; the recipe's path. Some questions are about no image."""
+    write_instructblip(folder / f"instructblip-{text}", text)
+    write_data(folder, text_only_every=5)
+    records = json.loads((folder / "train.json").read_text())
+    for record in records:
+        del record["conversations"][2:]
+    (folder / "questions.json").write_text(json.dumps(records))
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(qmoe_recipe(folder, text, **changes), sort_keys=False))
     return path

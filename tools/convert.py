@@ -101,7 +101,11 @@ def _parts(args: argparse.Namespace) -> Converted:
                 "feature_select": args.feature_select,
             },
             "language_model": {"from_pretrained": args.language_model},
-            "connector": {"activation": args.projector_activation, "bias": not args.no_projector_bias},
+            "connector": {
+                "kind": "mlp",
+                "activation": args.projector_activation,
+                "bias": not args.no_projector_bias,
+            },
             "tokenizer": args.tokenizer,
             "image_processor": args.image_processor,
             "image_token": args.image_token,

@@ -15,8 +15,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import shutil
-import tempfile
 import zipfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -25,64 +23,40 @@ from typing import Any
 
 import numpy as np
 import torch
+from emoji_art import ATTRIBUTIONS, FLUENT_LICENSE, load_sprites
 from numpy.typing import NDArray
+from pack_files import WEBP_QUALITY, check_replaceable, decode, replaced, save_half, webp, write_zip
 from PIL import Image
 from rich.progress import track
-from safetensors.torch import load_file, save
 from scenes_records import caption_records, make_tokenizer, test_records, text_dialogues, train_records
-from scenes_teaching import PATCH, SpecialIds, teach_language_model, teach_tower
-from transformers import CLIPImageProcessor, PreTrainedModel
+from scenes_teaching import SpecialIds, patch_labels, teach_language_model, teach_tower
+from transformers import CLIPImageProcessor
 
 from moe_lvlm.data.clustering import count_instructions, fit_clusters
 from moe_lvlm.data.encoder import DEFAULT_ENCODER, Encode, load_encoder
 from moe_lvlm.data.packs.archive import FORMAT_VERSION, MANIFEST, write_manifest
-from moe_lvlm.data.scenes import COLOURS, EMOJI, SIDE, STYLES, Scene, Sprites, compose_scene
+from moe_lvlm.data.scenes import COLOURS, EMOJI, SIDE, Scene, Sprites, compose_scene
 
 VERSION = "2"
 NUM_TRAIN = 6000
 NUM_TEST = 450
-WEBP_QUALITY = 85
 # The questions are of so few kinds that the paper's 128 clusters would be more than there are distinct ones.
 NUM_CLUSTERS = 8
 CLUSTERS = "clusters.safetensors"
-# of a patch's pixels: from here on it counts as showing the emoji rather than the ground
-FOREGROUND = 0.3
-LICENSES = """\
+LICENSES = f"""\
 # Licences of the scenes pack
 
 The images are composed of emoji from three sets, scaled down and placed on drawn grounds: sixteen emoji of each set.
 The vision tower was taught with these images. Keep these attributions wherever the images go.
 
-* Twemoji, copyright Twitter, Inc and other contributors: https://github.com/twitter/twemoji, taken from
-  iconify-json/twemoji 1.2.5. Licence: CC-BY 4.0, https://creativecommons.org/licenses/by/4.0/
-* Noto Emoji, copyright Google: https://github.com/googlefonts/noto-emoji, taken from iconify-json/noto 1.2.9.
-  Licence: Apache-2.0, https://www.apache.org/licenses/LICENSE-2.0; its text is also moe_lvlm's LICENSE.
-* Fluent Emoji (flat), copyright Microsoft Corporation: https://github.com/microsoft/fluentui-emoji, taken from
-  iconify-json/fluent-emoji-flat 1.2.6. Licence: MIT, below.
-
+{ATTRIBUTIONS}
 Backgrounds, questions, tokenizer and weights were made for moe_lvlm and are under its licence.
 
 clusters.safetensors holds means of embeddings of the questions, computed with all-MiniLM-L6-v2 by the authors of
 Sentence Transformers: https://huggingface.co/sentence-transformers/all-MiniLM-L6-v2. Licence: Apache-2.0. The model
 itself is not in the pack.
 
-## Fluent Emoji
-
-MIT License. Copyright (c) Microsoft Corporation.
-
-Permission is hereby granted, free of charge, to any person obtaining a copy of this software and associated
-documentation files (the "Software"), to deal in the Software without restriction, including without limitation the
-rights to use, copy, modify, merge, publish, distribute, sublicense, and/or sell copies of the Software, and to permit
-persons to whom the Software is furnished to do so, subject to the following conditions:
-
-The above copyright notice and this permission notice shall be included in all copies or substantial portions of the
-Software.
-
-THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT LIMITED TO THE
-WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS OR
-COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR
-OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
-"""
+{FLUENT_LICENSE}"""
 
 
 def main() -> None:
@@ -95,14 +69,8 @@ def main() -> None:
         return
     sprites = load_sprites(arguments.emoji)
     train, test = compose(sprites, seed=arguments.seed)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=arguments.out.parent, prefix=".making-") as scratch:
-        build(Path(scratch) / "pack", train, test, encode, arguments)
-        if arguments.out.exists():
-            shutil.rmtree(arguments.out)
-        (Path(scratch) / "pack").rename(arguments.out)
-    size = sum(path.stat().st_size for path in arguments.out.rglob("*") if path.is_file())
-    print(f"wrote {arguments.out}: {size / 2**20:.2f} MiB")
+    with replaced(arguments.out) as pack:
+        build(pack, train, test, encode, arguments)
 
 
 def _parse() -> argparse.Namespace:
@@ -121,29 +89,8 @@ def _parse() -> argparse.Namespace:
         parser.error("give exactly one of --emoji and --only-clusters")
     if arguments.only_clusters and not (arguments.out / MANIFEST).is_file():
         parser.error(f"--out {arguments.out} is no pack; --only-clusters needs one")
-    if arguments.out.exists() and not (arguments.out / MANIFEST).is_file():
-        parser.error(f"--out {arguments.out} exists and is no pack; it would be deleted")
+    check_replaceable(parser, arguments.out)
     return arguments
-
-
-def load_sprites(folder: Path) -> Sprites:
-    """The pictures of EMOJI in each style. Raises ValueError if a file or a picture is missing."""
-    index_path = folder / "emoji_index.json"
-    if not index_path.is_file():
-        raise ValueError(f"{index_path}: no such file")
-    index = json.loads(index_path.read_text(encoding="utf-8"))
-    sprites = {}
-    for style in STYLES:
-        path = folder / f"emoji_{style}_96.npz"
-        if not path.is_file():
-            raise ValueError(f"{path}: no such file; all of {STYLES} are needed")
-        with np.load(path) as archive:
-            pictures = dict(zip(archive["keys"].tolist(), archive["img"], strict=True))
-        missing = [f"{name} ({key})" for name, key in EMOJI.items() if key not in pictures or key not in index]
-        if missing:
-            raise ValueError(f"{path}: no picture of {', '.join(missing)}")
-        sprites[style] = {name: pictures[key] for name, key in EMOJI.items()}
-    return sprites
 
 
 def compose(sprites: Sprites, *, seed: int) -> tuple[list[Scene], list[Scene]]:
@@ -162,8 +109,7 @@ def compose(sprites: Sprites, *, seed: int) -> tuple[list[Scene], list[Scene]]:
 def build(
     pack: Path, train: Sequence[Scene], test: Sequence[Scene], encode: Encode, arguments: argparse.Namespace
 ) -> None:
-    """Write the whole pack into the new folder `pack`."""
-    pack.mkdir()
+    """Write the whole pack into the empty folder `pack`."""
     rng = np.random.default_rng([arguments.seed, 1])
     records = {
         "train.json": train_records(train, rng),
@@ -234,54 +180,10 @@ def replace_clusters(pack: Path, encode: Encode, *, seed: int) -> None:
     write_manifest(pack, facts | {"version": VERSION, "clusters": clusters})
 
 
-def patch_labels(scenes: Sequence[Scene]) -> torch.Tensor:
-    """int64 [scenes, patches]: the emoji in each patch (its place in EMOJI), or len(EMOJI) + the colour's place."""
-    names, colours = list(EMOJI), list(COLOURS)
-    side = SIDE // PATCH
-    labels = np.empty((len(scenes), side, side), dtype=np.int64)
-    for index, scene in enumerate(scenes):
-        labels[index] = len(names) + colours.index(scene.colour)
-        share = scene.mask.reshape(side, PATCH, side, PATCH).mean((1, 3))
-        for emoji in scene.emoji:
-            column, row = (corner // PATCH for corner in emoji.quadrant.corner)
-            quadrant = np.s_[row : row + side // 2, column : column + side // 2]
-            labels[index][quadrant][share[quadrant] >= FOREGROUND] = names.index(emoji.name)
-    return torch.from_numpy(labels).flatten(1)
-
-
-def save_half(model: PreTrainedModel, folder: Path) -> None:
-    """Save with weights in float16, half the size. The config still says float32, in which they are loaded."""
-    model.save_pretrained(folder)
-    path = folder / "model.safetensors"
-    halves = {name: tensor.half() for name, tensor in load_file(path).items()}
-    # save_file would leave a file that only its owner may read
-    path.unlink()
-    path.write_bytes(save(halves, metadata={"format": "pt"}))
-
-
-def webp(image: NDArray[np.uint8]) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, "WEBP", quality=WEBP_QUALITY, method=6)
-    return buffer.getvalue()
-
-
 def one_bit_png(mask: NDArray[np.bool_]) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(mask).save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
-
-
-def decode(picture: bytes) -> torch.Tensor:
-    """float32 [3, SIDE, SIDE] in -1..1, as the image processor gives it."""
-    pixels = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"))
-    return torch.tensor(pixels).permute(2, 0, 1).float() / 127.5 - 1
-
-
-def write_zip(path: Path, members: dict[str, bytes], *, compression: int) -> None:
-    with zipfile.ZipFile(path, "w", compression) as archive:
-        for name, content in members.items():
-            # a fixed time, so that the same members make the same archive
-            archive.writestr(zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0)), content, compression)
 
 
 def manifest_facts(

@@ -1,19 +1,21 @@
-"""Train and evaluate the rows of a table or figure of the LTDR paper, and show them beside what the paper prints.
+"""Train and evaluate the rows of a paper's table or figure, and show them beside what the paper prints.
 
-A row is a recipe under ltdr/ (`moe-lvlm recipes` lists them). Each different recipe and seed is one run in a folder of
-its own, shared by all tables; the dense stages are trained once a seed, and every row begins with them. What is done
-is not done again, and what was broken off goes on: the same command always takes up where it stopped.
+A row is a recipe under ltdr/ or qmoe/ (`moe-lvlm recipes` lists them). Each different recipe and seed is one run in a
+folder of its own, shared by all tables; dense stages are trained once a seed, and every row begins with them. What is
+done is not done again, and what was broken off goes on: the same command always takes up where it stopped.
 
-tables: table1, table3, table4, table5, table6, table7, table11, table12, figure1b, figure4, figure5, claims, all
-        (3 is table3, 1b is figure1b; --list tells what each is)
+papers: ltdr  table1, table3, table4, table5, table6, table7, table11, table12, figure1b, figure4, figure5, claims
+        qmoe  table1, table2, table3, table4, table5, table6, figure3, claims
+        A table is <paper>.<table>: qmoe.table4, or qmoe.4 for short; ltdr.figure1b, or ltdr.1b; qmoe.all is all of a
+        paper's. Without a paper LTDR's are meant: 3 is ltdr.table3. --list tells what each is.
 scales: tiny  a small model on emoji scenes, minutes a run on one CPU core: it shows the direction of an effect at best
         full  the paper's models and data, which have to be there (see docs/recipes.md)
 
 Examples:
-    python tools/reproduce.py table3 --seeds 5
-    python tools/reproduce.py 7 --seeds 3 --rows vht,ltdr_stablelm --json table7.json
-    python tools/reproduce.py claims --seeds 5 --markdown claims.md
-    python tools/reproduce.py all --dry-run
+    python tools/reproduce.py ltdr.table3 --seeds 5
+    python tools/reproduce.py qmoe.4 --seeds 3 --rows pre,cls --json table4.json
+    python tools/reproduce.py qmoe.claims --seeds 5 --markdown claims.md
+    python tools/reproduce.py qmoe.all --dry-run
 
 The tables go to stdout, progress to stderr, runs to --out, figures to <out>/figures, what runs say to <out>/logs.
 
@@ -34,8 +36,8 @@ import terminal
 
 def parse_args(argv: list[str] | None = None) -> Namespace:
     parser = terminal.make_parser(__doc__)
-    parser.add_argument("table", metavar="TABLE", nargs="?", help="which table, figure or `all`")
-    parser.add_argument("--list", action="store_true", help="list tables and rows, and do nothing")
+    parser.add_argument("table", metavar="TABLE", nargs="?", help="which table or figure of which paper")
+    parser.add_argument("--list", action="store_true", help="list papers, tables and rows, and do nothing")
     parser.add_argument("--scale", choices=("tiny", "full"), default="tiny", help="default: tiny")
     parser.add_argument("--seeds", type=_positive, default=1, metavar="N", help="seeds 0 to N - 1 (default: 1)")
     parser.add_argument("--rows", type=_names, metavar="A,B", help="only these rows, by recipe, and their baseline")
@@ -54,7 +56,7 @@ def parse_args(argv: list[str] | None = None) -> Namespace:
         help="a setting of every run, such as stages.2.steps=60; may be given several times; give another --out too",
     )  # fmt: skip
     parser.add_argument(
-        "--recipes", default="ltdr", metavar="PREFIX", help="of the rows' recipes, or a folder with <row>.yaml"
+        "--recipes", metavar="PREFIX", help="of the rows' recipes (default: the paper's), or a folder with <row>.yaml"
     )
     args = parser.parse_args(argv)
     if args.table is None and not args.list:
@@ -70,7 +72,7 @@ def _positive(text: str) -> int:
 
 def _names(text: str) -> tuple[str, ...]:
     """Row names, with or without the prefix that the recipes have."""
-    return tuple(name.removeprefix("ltdr/") for name in text.split(",") if name)
+    return tuple(name.rpartition("/")[2] for name in text.split(",") if name)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -85,20 +87,22 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 
 def _list() -> int:
-    from reproducing.paper import read_tables
+    from reproducing.paper import read_papers
 
-    for table in read_tables().values():
-        print(f"{table.name:10}{table.title}")
-        for row in table.rows:
-            print(f"{'':10}  {row.recipe:26}{row.label}")
+    for paper in read_papers().values():
+        print(f"{paper.name}: {paper.title}")
+        for table in paper.tables.values():
+            print(f"  {f'{paper.name}.{table.name}':16}{table.title}")
+            for row in table.rows:
+                print(f"{'':18}  {row.recipe:26}{row.label}")
     return terminal.DONE
 
 
 def reproduce(args: Namespace) -> int:
     """Do what the options say; the exit status."""
-    from reproducing.paper import choose, keep_rows, read_tables
+    from reproducing.paper import choose, keep_rows, read_papers
 
-    tables = choose(args.table, read_tables())
+    paper, tables = choose(args.table, read_papers())
     if args.rows is not None:
         if len(tables) > 1:
             raise ValueError(f"--rows: rows of one table, but TABLE is {args.table}")
@@ -115,11 +119,12 @@ def reproduce(args: Namespace) -> int:
         scale=args.scale,
         out=args.out,
         processes=machine.processes,
-        recipes=args.recipes,
+        recipes=args.recipes or paper.recipes,
         overrides=tuple(args.override),
     )
     plan = make_plan([row.recipe for table in tables for row in table.rows], args.seeds, options)
     session = Session(
+        paper=paper,
         tables=tables,
         plan=plan,
         out=args.out,
@@ -143,7 +148,7 @@ def reproduce(args: Namespace) -> int:
     print("\n\n".join(grid.text() for grid in grids))
     for name, table in data["tables"].items():
         if "figure" in table:
-            print(f"{name}: {table['figure'] or 'no run with routing statistics'}")
+            print(f"{paper.name}.{name}: {table['figure'] or 'no run that has what it shows'}")
     if args.json is not None:
         write_json(args.json, data)
     if args.markdown is not None:

@@ -7,9 +7,10 @@ B images, P patches, S sequence.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, TypeVar
 
+import numpy as np
 import torch
 from rich.progress import track
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
 from transformers import CLIPVisionConfig, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
 
-from moe_lvlm.data.scenes import SIDE
+from moe_lvlm.data.scenes import COLOURS, EMOJI, SIDE, Scene
 
 WIDTH = 96
 PATCH = 8
@@ -26,6 +27,10 @@ BATCH = 64
 LEARNING_RATE = 2e-3
 WARMUP = 40
 IGNORED = -100
+# of a patch's pixels: from here on it counts as showing the emoji rather than the ground
+FOREGROUND = 0.3
+
+Tower = TypeVar("Tower", bound=nn.Module)
 
 
 class Dialogue(NamedTuple):
@@ -33,6 +38,14 @@ class Dialogue(NamedTuple):
 
     ids: list[int]
     labels: list[int]
+
+
+class PatchClasses(NamedTuple):
+    """What a tower learns of each patch: a name, int64 labels [B, P], and the number of classes."""
+
+    name: str
+    labels: Tensor
+    num_classes: int
 
 
 class SpecialIds(NamedTuple):
@@ -55,24 +68,57 @@ def teach_tower(images: Tensor, labels: Tensor, *, num_classes: int, steps: int,
         image_size=SIDE,
         patch_size=PATCH,
     )
-    tower, head = CLIPVisionModel(config), nn.Linear(WIDTH, num_classes)
-    teacher = _Teacher([*tower.parameters(), *head.parameters()], steps)
+    tower = CLIPVisionModel(config)
+    teach_patches(tower, patch_states, images, [PatchClasses("patches", labels, num_classes)], steps=steps)
+    return tower.eval()
+
+
+def teach_patches(
+    tower: Tower,
+    read: Callable[[Tower, Tensor], Tensor],
+    images: Tensor,
+    lessons: Sequence[PatchClasses],
+    *,
+    steps: int,
+) -> None:
+    """Train `tower` until linear heads on the states [B, P, WIDTH] that `read` gives know the classes of each patch."""
+    heads = [nn.Linear(WIDTH, lesson.num_classes) for lesson in lessons]
+    teacher = Teacher([*tower.parameters(), *(weight for head in heads for weight in head.parameters())], steps)
     for _ in track(range(steps), description="teaching the tower"):
         chosen = torch.randint(len(images), (BATCH,))
-        scores = head(patch_states(tower, images[chosen]))
-        teacher.step(F.cross_entropy(scores.flatten(0, 1), labels[chosen].flatten()))
+        states = read(tower, images[chosen])
+        losses = [
+            F.cross_entropy(head(states).flatten(0, 1), lesson.labels[chosen].flatten())
+            for head, lesson in zip(heads, lessons, strict=True)
+        ]
+        teacher.step(torch.stack(losses).sum())
     with torch.no_grad():
-        right = head(patch_states(tower, images[:400])).argmax(-1) == labels[:400]
-    print(
-        f"tower: loss {teacher.last_loss:.4f}, {right.float().mean():.3f} of the patches of 400 training images right"
-    )
-    return tower.eval()
+        states = read(tower, images[:400])
+    print(f"tower: loss {teacher.last_loss:.4f}; right on 400 training images:")
+    for head, lesson in zip(heads, lessons, strict=True):
+        right = head(states).argmax(-1) == lesson.labels[:400]
+        print(f"  {lesson.name} {right.float().mean():.3f}")
 
 
 def patch_states(tower: CLIPVisionModel, images: Tensor) -> Tensor:
     """What the connector will read: the last hidden state of each patch, [B, P, WIDTH]."""
     hidden: Tensor = tower(images, output_hidden_states=True).hidden_states[-1]
     return hidden[:, 1:]
+
+
+def patch_labels(scenes: Sequence[Scene]) -> torch.Tensor:
+    """int64 [scenes, patches]: the emoji in each patch (its place in EMOJI), or len(EMOJI) + the colour's place."""
+    names, colours = list(EMOJI), list(COLOURS)
+    side = SIDE // PATCH
+    labels = np.empty((len(scenes), side, side), dtype=np.int64)
+    for index, scene in enumerate(scenes):
+        labels[index] = len(names) + colours.index(scene.colour)
+        share = scene.mask.reshape(side, PATCH, side, PATCH).mean((1, 3))
+        for emoji in scene.emoji:
+            column, row = (corner // PATCH for corner in emoji.quadrant.corner)
+            quadrant = np.s_[row : row + side // 2, column : column + side // 2]
+            labels[index][quadrant][share[quadrant] >= FOREGROUND] = names.index(emoji.name)
+    return torch.from_numpy(labels).flatten(1)
 
 
 def teach_language_model(
@@ -94,24 +140,24 @@ def teach_language_model(
         eos_token_id=special.eos,
     )
     model = LlamaForCausalLM(config)
-    teacher = _Teacher(model.parameters(), steps)
+    teacher = Teacher(model.parameters(), steps)
     for _ in track(range(steps), description="teaching the language model"):
         chosen = [dialogues[index] for index in torch.randint(len(dialogues), (BATCH,)).tolist()]
-        ids_BS = _pad([dialogue.ids for dialogue in chosen], special.pad)
-        labels_BS = _pad([dialogue.labels for dialogue in chosen], IGNORED)
+        ids_BS = pad([dialogue.ids for dialogue in chosen], special.pad)
+        labels_BS = pad([dialogue.labels for dialogue in chosen], IGNORED)
         # padding stands at the end, where a causal model's earlier tokens never look
         teacher.step(model(input_ids=ids_BS, labels=labels_BS, use_cache=False).loss)
     print(f"language model: loss {teacher.last_loss:.4f}")
     return model.eval()
 
 
-class _Teacher:
+class Teacher:
     """AdamW with a linear warm-up and decay, and gradients clipped to norm 1."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter], steps: int) -> None:
+    def __init__(self, parameters: Iterable[nn.Parameter], steps: int, *, learning_rate: float = LEARNING_RATE) -> None:
         self.parameters = list(parameters)
         self.last_loss = float("nan")
-        self.optimizer = AdamW(self.parameters, LEARNING_RATE, weight_decay=0.02)
+        self.optimizer = AdamW(self.parameters, learning_rate, weight_decay=0.02)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
             self.optimizer, lambda step: min(1, (step + 1) / WARMUP) * max(0.03, 1 - step / steps)
         )
@@ -125,6 +171,7 @@ class _Teacher:
         self.last_loss = loss.item()
 
 
-def _pad(rows: Sequence[list[int]], value: int) -> Tensor:
+def pad(rows: Sequence[list[int]], value: int) -> Tensor:
+    """Rows of one length, int64, filled up with `value` at their ends."""
     length = max(map(len, rows))
     return torch.tensor([row + [value] * (length - len(row)) for row in rows])

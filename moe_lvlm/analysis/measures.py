@@ -12,10 +12,16 @@ from torch import Tensor
 
 from moe_lvlm.routing.ltdr import vision_tail
 from moe_lvlm.routing.trace import RoutingTrace
-from moe_lvlm.routing.types import Modality, RoutingContext, RoutingDecision, Site
+from moe_lvlm.routing.types import LANGUAGE_MODEL, Modality, RoutingContext, RoutingDecision, Site
 
 #: Rows of every table by modality. Padding takes part in nothing.
 MODALITIES = (Modality.LANGUAGE, Modality.VISION)
+
+
+def is_of_tokens(decision: RoutingDecision) -> bool:
+    """Whether a decision is about tokens, or about samples and so all of their tokens. The others are a connector's, about
+    an image as a whole: its visual tokens are no patches and all go the same way, so nothing tells tail from head."""
+    return decision.level != "image"
 
 
 def routing_entropy(probs_RE: Tensor) -> Tensor:
@@ -61,7 +67,7 @@ def _count_slots(routing: RoutingDecision, counted_TK: Tensor, modality_T: Tenso
 
 
 def tail_by_site(trace: RoutingTrace, image: int) -> dict[Site, Tensor]:
-    """Tail flags of one image's tokens at every site, bool [tokens of the image] on the CPU, in patch order.
+    """Tail flags of one image's tokens at every site of tokens, bool [tokens of the image] on the CPU, in patch order.
 
     Raises:
         ValueError: the trace's batch has no such image.
@@ -73,7 +79,8 @@ def tail_by_site(trace: RoutingTrace, image: int) -> dict[Site, Tensor]:
         raise ValueError(f"image {image}: not in this trace's batch; allowed: 0 to {highest}")
     flags = {}
     for site, decision in trace.items():
-        flags[site] = tail_flags(decision.by_token(context).probs_RE, context)[of_image_T].cpu()
+        if is_of_tokens(decision):
+            flags[site] = tail_flags(decision.by_token(context).probs_RE, context)[of_image_T].cpu()
     return flags
 
 
@@ -96,9 +103,10 @@ class LoadCounter:
         vision = (context.modality_T == int(Modality.VISION)).sum()
         for site, decision in trace.items():
             routing = decision.by_token(context)
-            tail = tail_flags(routing.probs_RE, context).sum()
             _add(self._load, site, expert_load(routing, context.modality_T))
-            _add(self._tail, site, torch.stack((tail, vision)))
+            if is_of_tokens(decision):
+                tail = tail_flags(routing.probs_RE, context).sum()
+                _add(self._tail, site, torch.stack((tail, vision)))
             if routing.dropped_RK is not None:
                 _add(self._dropped, site, dropped_load(routing, context.modality_T))
             if routing.conflict_RK is not None:
@@ -115,8 +123,9 @@ class LoadCounter:
         """For the training log: `{"expert_load": {layer: {modality: [E counts]}}, "tail_share": {layer: share}}`, and
         `"dropped"` as expert_load where a capacity is set, `"conflicts"` likewise where the router looks for them.
 
-        Layers are strings as JSON has them ("0"; sites outside the language model are "part.layer"). Without a MoE
-        layer both are None; without a vision token `tail_share` is.
+        Layers are strings as JSON has them ("0"; sites outside the language model are "part.layer"). Where images are
+        routed as a whole (a connector), their visual tokens are counted, and there is no tail. Without a MoE layer both
+        are None; without a vision token `tail_share` is.
         """
         if not self._load:
             return {"expert_load": None, "tail_share": None}
@@ -146,4 +155,10 @@ def _by_layer(counts: dict[Site, Tensor]) -> dict[str, dict[str, list[int]]]:
 
 def site_name(site: Site) -> str:
     """A site in logs and figures: the layer's index, with its part before it outside the language model."""
-    return str(site.layer) if site.part == "language_model" else f"{site.part}.{site.layer}"
+    return str(site.layer) if site.part == LANGUAGE_MODEL else f"{site.part}.{site.layer}"
+
+
+def site_of(name: str) -> Site:
+    """`site_name` undone."""
+    part, _, layer = name.rpartition(".")
+    return Site(part or LANGUAGE_MODEL, int(layer))

@@ -15,8 +15,11 @@ from PIL import Image
 
 from moe_lvlm.analysis import plots
 from moe_lvlm.analysis.measures import MODALITIES, site_name
+from moe_lvlm.analysis.paths import PathStatistics, path_label
 from moe_lvlm.analysis.plots.style import spread
 from moe_lvlm.analysis.run_folder import Prediction, RunFolder
+from moe_lvlm.analysis.settings import settings_rows, text_of
+from moe_lvlm.routing.types import CONNECTOR
 
 _TEMPLATE_FOLDER = Path(__file__).parent / "templates"
 _PREDICTIONS_PER_TASK = 8
@@ -81,13 +84,16 @@ def write_report(run: str | Path) -> Path:
         name=folder.recipe.get("name", folder.path.name),
         run=str(run),
         is_done=folder.is_done,
-        settings=_settings(folder.recipe),
+        settings=settings_rows(folder.recipe),
         facts=_facts(folder),
         stages=_stage_rows(folder),
         scores=folder.scores,
         training=_training_pictures(folder, report),
         accuracy=_accuracy_picture(folder, report),
         routing=_routing_pictures(folder, report),
+        has_connector_experts=_has_connector_experts(folder),
+        path_text=None if folder.paths is None else _path_text(folder.paths),
+        paths=_path_pictures(folder, report),
         dropped=_dropped_rows(folder),
         adaptations=_adaptation_rows(folder),
         agreement=_agreement_pictures(folder, report),
@@ -112,33 +118,45 @@ def _picture(figure: Figure | None, report: Path, name: str, title: str, text: s
 def _training_pictures(folder: RunFolder, report: Path) -> list[Picture]:
     if not folder.steps:
         return []
-    return _picture(
-        plots.loss_by_stage(folder.steps),
-        report,
-        "loss",
-        "Loss by stage",
-        "Faint: every logged step; strong: moving average within a stage; dashed lines separate the stages.",
-    ) + _picture(
-        plots.load_over_training(folder.steps),
-        report,
-        "load-training",
-        "Expert load over training",
-        "Each line is the share of a modality's assignments that one expert gets; on the dashed line all experts get "
-        "the same.",
+    return (
+        _picture(
+            plots.loss_by_stage(folder.steps),
+            report,
+            "loss",
+            "Loss by stage",
+            "Faint: every logged step; strong: moving average within a stage; dashed lines separate the stages.",
+        )
+        + _picture(
+            plots.load_over_training(folder.steps),
+            report,
+            "load-training",
+            "Expert load over training",
+            "Each line is the share of a modality's assignments that one expert gets; on the dashed line all experts get "
+            "the same.",
+        )
+        + _picture(
+            plots.load_over_training(folder.steps, part=CONNECTOR),
+            report,
+            "load-training-connector",
+            "Load of the connector's experts over training",
+            "Each line is the share of images that one expert gets; on the dashed line all experts get the same.",
+        )
     )
 
 
 def _accuracy_picture(folder: RunFolder, report: Path) -> list[Picture]:
     if not folder.scores:
         return []
-    return _picture(
-        plots.accuracy_by_task(folder.scores),
-        report,
-        "accuracy",
-        "Accuracy by task",
+    text = (
         "A bar is the share of held-out answers that are right by free generation; the red mark is what always giving "
-        "the task's most frequent answer would score.",
+        "the task's most frequent answer would score."
     )
+    if not all(score.is_share for score in folder.scores):
+        text += (
+            " Captions are scored by CIDEr, which is no share: it is shown a hundredfold, as is usual, can pass 100, and "
+            "cannot be compared with the other bars. Its red mark is the best of some captions given to every image."
+        )
+    return _picture(plots.accuracy_by_task(folder.scores), report, "accuracy", "Accuracy by task", text)
 
 
 def _routing_pictures(folder: RunFolder, report: Path) -> list[Picture]:
@@ -158,6 +176,55 @@ def _routing_pictures(folder: RunFolder, report: Path) -> list[Picture]:
         "Routing probability variance",
         "RPV is the variance of a token's routing probabilities over the experts: 0 is undecided, the right end is "
         "sure of few experts; the vertical axis is logarithmic.",
+    )
+
+
+def _has_connector_experts(folder: RunFolder) -> bool:
+    """Whether paths are to be expected, evaluated or not."""
+    connector = (folder.recipe.get("model") or {}).get("connector") or {}
+    return connector.get("kind") == "qmoe" or folder.paths is not None
+
+
+def _path_text(paths: PathStatistics) -> list[str]:
+    """What the paths say, in sentences: how many there are, and whether they depend on the task."""
+    overall = paths.overall()
+    (frequent, count), *_ = overall.most_common(1)
+    possible = paths.num_experts ** len(paths.layers)
+    lines = [
+        f"In each of the connector's layers {text_of(paths.layers)} an image takes one of {paths.num_experts} experts. "
+        f"{len(paths):,} images took {len(overall):,} of {possible:,} possible paths; the most frequent, "
+        f"{path_label(frequent)}, was taken by {count / len(paths):.1%} of them."
+    ]
+    if len(paths.tasks) < 2:
+        return [*lines, "There is one task only, so whether paths depend on the task cannot be seen."]
+    found = paths.task_information()
+    is_above = found.p_value < 0.05
+    lines.append(
+        f"Path and task share {found.measured:.3f} nats of information, of {found.highest:.3f} if every path belonged to "
+        f"one task. With tasks shuffled among images it is {found.by_chance:.3f} on average, and "
+        f"{found.num_reached:,} of {found.num_shuffles:,} shuffles reach the measured value: paths "
+        f"{'depend on the task' if is_above else 'do not depend on the task more than chance would have it'} "
+        "(images taken as independent of each other)."
+    )
+    return lines
+
+
+def _path_pictures(folder: RunFolder, report: Path) -> list[Picture]:
+    if folder.paths is None:
+        return []
+    return _picture(
+        plots.paths_by_task(folder.paths),
+        report,
+        "paths",
+        "Expert paths by task",
+        "Rows are the most frequent paths, by their mean share over tasks, and all others together; each column adds up "
+        "to 100 % of a task's images. A path lists the expert of each layer, the lowest layer first.",
+    ) + _picture(
+        plots.expert_load_by_task(folder.paths),
+        report,
+        "load-connector",
+        "Load of the connector's experts by task",
+        "A bar is a task's images in one layer, cut by the expert that they take.",
     )
 
 
@@ -234,57 +301,6 @@ def _thumbnail(folder: RunFolder, record: Prediction, target: Path) -> str | Non
     return target.name
 
 
-def _choice(moe: dict[str, Any]) -> str:
-    is_dynamic = (moe.get("router") or {}).get("kind") == "dynamic"
-    return "any number a token" if is_dynamic else f"top {moe.get('top_k')}"
-
-
-def _settings(recipe: dict[str, Any]) -> list[tuple[str, str]]:
-    """Rows of the table of settings: those that the recipe has."""
-    model, moe = recipe.get("model") or {}, recipe.get("moe") or {}
-    router, balance = moe.get("router") or {}, moe.get("balance") or {}
-    train, parallel = recipe.get("train") or {}, recipe.get("parallel") or {}
-    is_upcycled = any(stage.get("upcycle") for stage in recipe.get("stages") or [])
-    rows = [("Model", model.get("from_pretrained") or None)]
-    rows += [(title, _part(model.get(key))) for title, key in _PARTS]
-    if is_upcycled:
-        rows += [
-            ("Experts", f"{moe.get('num_experts')}, {_choice(moe)}, layers: {_text(moe.get('layers'))}"),
-            ("Router", _router(router)),
-            ("Balance loss", f"{balance.get('coefficient')} on {_text(balance.get('on')) or 'nothing'}"),
-        ]
-    else:
-        rows.append(("Experts", "none: no stage says upcycle, the model is dense"))
-    rows += [
-        ("Parallel", f"DeepSpeed {parallel.get('deepspeed')}, expert parallel {parallel.get('expert_parallel_size')}"),
-        ("Precision", train.get("precision")),
-        ("Seed", recipe.get("seed")),
-    ]
-    return [(title, str(value)) for title, value in rows if value is not None]
-
-
-_PARTS = (("Vision tower", "vision_tower"), ("Language model", "language_model"))
-
-
-def _part(part: dict[str, Any] | None) -> str | None:
-    """Where a part of the model comes from."""
-    if not part:
-        return None
-    if part.get("from_pretrained"):
-        return str(part["from_pretrained"])
-    config = part.get("from_config") or {}
-    return f"new, from a config ({config.get('model_type', 'no model_type')})"
-
-
-def _router(router: dict[str, Any]) -> str:
-    details = [f"{key} {value}" for key, value in router.items() if key in ("tail_k", "tail_scope", "eea_select")]
-    return ", ".join([str(router.get("kind")), *(text.replace("tail_k None", "tail_k all") for text in details)])
-
-
-def _text(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
-
-
 def _facts(folder: RunFolder) -> list[tuple[str, str]]:
     """Numbers of the whole run."""
     steps, facts = folder.steps, []
@@ -319,7 +335,7 @@ def _stage_rows(folder: RunFolder) -> list[StageRow]:
         rows.append(
             StageRow(
                 name=name,
-                trains=_text(recipe_stages.get(name, {}).get("train", "–")),
+                trains=text_of(recipe_stages.get(name, {}).get("train", "–")),
                 steps=f"{event['steps']:,}",
                 global_batch=f"{event['global_batch']:,}",
                 learning_rate=f"{event['learning_rate']:g}",

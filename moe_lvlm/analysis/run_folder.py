@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from moe_lvlm.analysis.examples import ExampleStore, RoutingExample
+from moe_lvlm.analysis.paths import PathStatistics
 from moe_lvlm.analysis.statistics import RoutingStatistics
 
 _PREDICTION_KEYS = ("key", "task", "image", "question", "prediction", "answer", "correct")
@@ -21,13 +22,24 @@ _SCORE_KEYS = ("accuracy", "majority", "n")
 @dataclass(frozen=True, slots=True)
 class Score:
     """Accuracy of one task beside that of always giving the most frequent answer. details: further numbers of the
-    task's metric, by name; `category/name` belongs to one category."""
+    task's metric, by name; `category/name` belongs to one category. metric: its name, or None if it is not known."""
 
     task: str
     accuracy: float
     majority: float
     n: int
     details: Mapping[str, float] = field(default_factory=dict)
+    metric: str | None = None
+
+    @property
+    def is_share(self) -> bool:
+        """Whether accuracy and majority are shares of 1: not CIDEr, to which alone a score above 1 can belong."""
+        return self.metric != "cider" and max(self.accuracy, self.majority) <= 1
+
+    @property
+    def unit(self) -> str:
+        """What stands behind a hundred times the score."""
+        return "%" if self.is_share else "CIDEr"
 
     @property
     def further(self) -> list[tuple[str, str]]:
@@ -37,7 +49,8 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Prediction:
-    """One generated answer. image: the path as evaluation wrote it, or None for text."""
+    """One generated answer. image: the path as evaluation wrote it, or None for text. correct: None where no answer is right
+    or wrong (captions). evaluation_set: its name."""
 
     key: str
     task: str
@@ -45,7 +58,8 @@ class Prediction:
     question: str
     prediction: str
     answer: str
-    correct: bool
+    correct: bool | None
+    evaluation_set: str
 
 
 class RunFolder:
@@ -108,6 +122,7 @@ class RunFolder:
                     float(row["majority"]),
                     int(row["n"]),
                     {name: float(value) for name, value in row.items() if name not in _SCORE_KEYS},
+                    self._metrics.get(task),
                 )
                 for task, row in metrics.get("eval", {}).items()
             ]
@@ -125,8 +140,16 @@ class RunFolder:
                 missing = [key for key in _PREDICTION_KEYS if key not in record]
                 if missing:
                     raise ValueError(f"{path}: record {number}: {', '.join(missing)} missing")
-                predictions.append(Prediction(**{key: record[key] for key in _PREDICTION_KEYS}))
+                values = {key: record[key] for key in _PREDICTION_KEYS}
+                predictions.append(Prediction(**values, evaluation_set=path.parent.name))
         return predictions
+
+    @cached_property
+    def _metrics(self) -> dict[str, str | None]:
+        """The metric of each task that has predictions, as the recipe has it."""
+        sets = (self.recipe.get("evaluation") or {}).get("tasks") or []
+        by_set = {one["name"]: one.get("metric") for one in sets}
+        return {record.task: by_set.get(record.evaluation_set) for record in self.predictions}
 
     @cached_property
     def routing(self) -> RoutingStatistics | None:
@@ -139,6 +162,14 @@ class RunFolder:
             else:
                 total.merge(statistics)
         return total if total is not None and len(total) else None
+
+    @cached_property
+    def paths(self) -> PathStatistics | None:
+        """Expert paths of all evaluation sets together, or None if no image passed a connector with experts."""
+        total = PathStatistics()
+        for path in self._evaluated("paths.json"):
+            total.merge(PathStatistics.load(path))
+        return total if len(total) else None
 
     @cached_property
     def examples(self) -> list[RoutingExample]:

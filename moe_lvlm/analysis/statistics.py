@@ -20,6 +20,7 @@ from moe_lvlm.analysis.measures import (
     MODALITIES,
     dropped_load,
     expert_load,
+    is_of_tokens,
     routing_entropy,
     tail_flags,
 )
@@ -167,7 +168,8 @@ def highest_variance(num_experts: int) -> float:
 
 
 class RoutingStatistics:
-    """Adds up the routing of batch after batch, by site.
+    """Adds up the routing of tokens, batch after batch, by site. What is decided about images as a whole, in a connector,
+    is left out: `analysis.paths` counts it.
 
     foreground_threshold: a token whose share of foreground reaches it is a foreground token.
     """
@@ -203,7 +205,8 @@ class RoutingStatistics:
         context = trace.context
         targets = _foreground_by_image(context, foreground)
         for site, decision in trace.items():
-            self._update_site(self._site(site, decision.probs_RE.shape[-1]), decision, context, targets)
+            if is_of_tokens(decision):
+                self._update_site(self._site(site, decision.probs_RE.shape[-1]), decision, context, targets)
 
     def _site(self, site: Site, num_experts: int) -> SiteStatistics:
         statistics = self._sites.setdefault(site, SiteStatistics.empty(num_experts))

@@ -8,23 +8,25 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from moe_lvlm.config.base import Settings
+from moe_lvlm.config.connector import Connector, PartSettings, QFormerConnectorSettings
+from moe_lvlm.config.instructions import INSTRUCTION_SETS, check_instructions, template_fields
 from moe_lvlm.config.moe import MoEConfig
 
-Template = Literal["plain", "chat"]
-
-
-class PartSettings(Settings):
-    """A pretrained part (`from_pretrained`: a folder, a hub name, or `package:<pack>/<folder>`) or a new one
-    (`from_config`: keys of its transformers config, `model_type` among them; random weights)."""
-
-    from_pretrained: str | None = None
-    from_config: dict[str, Any] | None = None
-
-    @model_validator(mode="after")
-    def _check_one(self) -> PartSettings:
-        if (self.from_pretrained is None) == (self.from_config is None):
-            raise ValueError("give exactly one of from_pretrained and from_config")
-        return self
+Template = Literal["plain", "chat", "instruct"]
+RecordFormat = Literal[
+    "llava_json",
+    "gqa",
+    "vqa",
+    "aokvqa",
+    "coco_captions",
+    "textcaps",
+    "vizwiz",
+    "vsr",
+    "hateful_memes",
+    "nocaps",
+]
+CAPTION_SOURCES = ("coco_captions", "textcaps", "nocaps")
+CHOICE_SOURCES = ("aokvqa",)
 
 
 class VisionTowerSettings(PartSettings):
@@ -38,17 +40,12 @@ class VisionTowerSettings(PartSettings):
     feature_select: Literal["default", "full"] = "default"
 
 
-class MLPConnectorSettings(Settings):
-    """LLaVA's two-layer projector."""
-
-    kind: Literal["mlp"] = "mlp"
-    activation: str = "gelu"
-    bias: bool = True
-
-
 class ModelSettings(Settings):
-    """The parts of the model, or `from_pretrained`: a LLaVA-layout folder or a run of ours to start from whole.
+    """The parts of the model, or `from_pretrained`: a folder in the layout of LLaVA, InstructBLIP or BLIP-2, or a run of
+    ours, to start from whole.
 
+    connector: from parts an MLP if it is left out. Beside `from_pretrained` None is what the folder holds; `qmoe` begins
+        with the folder's Q-Former, its query FFNs copied into the experts, or goes on with experts that are there.
     tokenizer: a folder, a hub name or `package:...`; None takes the language model's.
     image_processor: the same; None takes the vision tower's, or CLIP's defaults at the tower's size.
     image_token: the mark that stands for an image in text; added to the tokenizer if it is new.
@@ -56,13 +53,20 @@ class ModelSettings(Settings):
 
     from_pretrained: str | None = None
     vision_tower: VisionTowerSettings | None = None
-    connector: MLPConnectorSettings = MLPConnectorSettings()
+    connector: Connector | None = None
     language_model: PartSettings | None = None
     tokenizer: str | None = None
     image_processor: str | None = None
     image_token: str = "<image>"
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     trust_remote_code: bool = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_connector(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("from_pretrained") is None and values.get("connector") is None:
+            return values | {"connector": {"kind": "mlp"}}
+        return values
 
     @model_validator(mode="after")
     def _check_source(self) -> ModelSettings:
@@ -71,23 +75,91 @@ class ModelSettings(Settings):
             raise ValueError("give vision_tower and language_model, or from_pretrained for a whole model")
         if self.from_pretrained is not None and any(parts):
             raise ValueError("from_pretrained gives the whole model: leave vision_tower and language_model out")
+        connector = self.connector
+        if isinstance(connector, QFormerConnectorSettings):
+            if self.from_pretrained is None and connector.qformer is None:
+                raise ValueError("connector.qformer: needed where vision_tower and language_model are parts")
+            if self.from_pretrained is not None and connector.qformer is not None:
+                raise ValueError("connector.qformer: from_pretrained brings the Q-Former; leave it out")
         return self
 
 
-class SourceSettings(Settings):
-    """One dataset of a mixture.
+class RecordsSettings(Settings):
+    """Where records lie, and in which layout.
 
-    source: the reader; `llava_json` is a JSON list, or JSON lines, of LLaVA records.
-    path: relative to `data.image_root`, absolute, or `package:...`.
-    weight: how often a record of it is drawn beside records of the others: an epoch holds weight x len records.
-    image_root: where this dataset's images lie; None takes `data.image_root`.
+    source: the reader. `llava_json` is a JSON list, or JSON lines, of LLaVA records; the others read a dataset's files as
+        they are published (docs/data.md): gqa, vqa (VQAv2 and OK-VQA), aokvqa, coco_captions, textcaps, vizwiz, vsr,
+        hateful_memes, nocaps.
+    path: relative to `data.image_root`, absolute, or `package:...`. annotations: of `vqa`, the file with the answers to
+        the questions in `path`.
+    image_root: where this dataset's images lie; None takes `data.image_root`. image_pattern: the file of an image below
+        it, by the fields of a record, such as `COCO_train2014_{image_id:012d}.jpg`; None is the dataset's own.
+    instructions: templates of what the model is asked, with {QUESTION} and {CANDIDATES}: a list, or the name of a set of
+        Q-MoE's supplement, table 4 (`vqa`, `choice`, `caption`). Training draws one a sample, evaluation takes the first.
+        None asks the question as it stands.
     """
 
-    source: Literal["llava_json"] = "llava_json"
+    source: RecordFormat = "llava_json"
     path: str
-    weight: float = Field(default=1.0, gt=0)
+    annotations: str | None = None
     name: str | None = None
     image_root: str | None = None
+    image_pattern: str | None = None
+    instructions: Literal["vqa", "choice", "caption"] | tuple[str, ...] | None = None
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """The templates of what is asked."""
+        if self.instructions is None:
+            return ("{QUESTION}",)
+        return INSTRUCTION_SETS[self.instructions] if isinstance(self.instructions, str) else self.instructions
+
+    @model_validator(mode="after")
+    def _check_source(self) -> RecordsSettings:
+        if (self.annotations is None) == (self.source == "vqa"):
+            what = "needed, the file with the answers" if self.source == "vqa" else "only source vqa takes it"
+            raise ValueError(f"annotations: {what} (source {self.source})")
+        if self.source == "llava_json":
+            for key in ("image_pattern", "instructions"):
+                if getattr(self, key) is not None:
+                    raise ValueError(f"{key}: llava_json's records hold their images and questions; leave it out")
+            return self
+        if self.image_pattern is not None:
+            try:
+                template_fields(self.image_pattern)
+            except ValueError as error:
+                raise ValueError(f"image_pattern: {error}") from error
+        is_caption = self.source in CAPTION_SOURCES
+        if is_caption and self.instructions is None:
+            raise ValueError(
+                f"instructions: needed, since captions answer no question (source {self.source}); allowed: caption, or a "
+                "list"
+            )
+        try:
+            check_instructions(
+                self.templates, has_question=not is_caption, has_candidates=self.source in CHOICE_SOURCES
+            )
+        except ValueError as error:
+            raise ValueError(f"instructions: {error} (source {self.source})") from error
+        return self
+
+
+class SourceSettings(RecordsSettings):
+    """One dataset of a mixture.
+
+    weight: how often a record of it is drawn beside records of the others: an epoch holds weight x len records.
+    ratio: the share of draws instead, whatever the dataset's length, beside the other sources' ratios; all sources of a
+        mixture have one or none has. An epoch then is as long as it takes to see each record of every source once.
+    """
+
+    weight: float = Field(default=1.0, gt=0)
+    ratio: float | None = Field(default=None, gt=0)
+
+    @model_validator(mode="after")
+    def _check_share(self) -> SourceSettings:
+        if self.ratio is not None and self.weight != 1:
+            raise ValueError(f"weight: {self.weight} beside ratio: {self.ratio}; allowed: one of the two")
+        return self
 
 
 class TaskTypeSettings(Settings):
@@ -118,7 +190,8 @@ class DataSettings(Settings):
     """What is read and how it becomes tokens.
 
     template: `chat` renders the conversation with the chat template, loss on the answers; `plain` is LLaVA's stage I:
-        the images followed by the caption, loss on the caption.
+        the images followed by the caption, loss on the caption; `instruct` is InstructBLIP's: the images, the words of
+        the one question, its answer, loss on the answer.
     chat_template: `tokenizer` (its own), `vicuna_v1`, or the path of a Jinja file.
     task_types: rules that label samples by task; a sample that none fits has no label.
     clusters: a table of instruction clusters, as `tools/fit_clusters.py` writes it; for the router `cluster`.
@@ -147,11 +220,15 @@ class OptimizerSettings(Settings):
 
 
 class ScheduleSettings(Settings):
-    """Learning rate over a stage: linear warm-up, then `cosine` or `linear` to `final_ratio`, or `constant`."""
+    """Learning rate over a stage: linear warm-up, then `cosine` or `linear` to `final_ratio`, or `constant`.
+
+    warmup_from: the learning rate that the warm-up rises from; not above a stage's own, which it rises to.
+    """
 
     kind: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_ratio: float = Field(default=0.03, ge=0, le=1)
     warmup_steps: int | None = Field(default=None, ge=0)
+    warmup_from: float = Field(default=0.0, ge=0)
     final_ratio: float = Field(default=0.0, ge=0, le=1)
 
 
@@ -229,18 +306,18 @@ class StageSettings(Settings):
         return self
 
 
-class TaskSettings(Settings):
-    """One evaluation set: records in the LLaVA layout whose `task` names the score they count for.
+class TaskSettings(RecordsSettings):
+    """One evaluation set: records whose `task` names the score they count for, or the set's name.
 
-    metric: `exact_match` compares the normalised answer with the record's; `choice` the letter that it chooses; `vqa`
-        gives VQA accuracy over the record's ten `answers`; `yes_no` is POPE's rule, with precision, recall and F1; `mme`
-        MME's, with its scores by `category`. docs/evaluation.md says what records hold for each.
+    metric: `exact_match` compares the normalised answer with the record's; `choice` the option that it chooses, by letter,
+        or by text where the records' answers are texts; `vqa` gives VQA accuracy over the record's ten `answers`, or
+        beside its one; `yes_no` is POPE's rule, with precision, recall and F1; `mme`
+        MME's, with its scores by `category`; `cider` scores captions by their `references`. docs/evaluation.md says what
+        records hold for each.
     """
 
     name: str
-    path: str
-    image_root: str | None = None
-    metric: Literal["exact_match", "choice", "vqa", "yes_no", "mme"] = "exact_match"
+    metric: Literal["exact_match", "choice", "vqa", "yes_no", "mme", "cider"] = "exact_match"
     max_new_tokens: int = Field(default=16, ge=1)
     limit: int | None = Field(default=None, ge=1)
 
@@ -287,4 +364,15 @@ class Recipe(Settings):
         for stage in self.stages:
             if not (stage.mixture or self.data.mixture):
                 raise ValueError(f"stage {stage.name}: no data; give data.mixture or the stage's own mixture")
+        return self
+
+    @model_validator(mode="after")
+    def _check_warmup(self) -> Recipe:
+        start = self.train.schedule.warmup_from
+        for stage in self.stages:
+            if start > stage.learning_rate:
+                raise ValueError(
+                    f"train.schedule.warmup_from: {start} is above the learning rate of stage {stage.name} "
+                    f"({stage.learning_rate})"
+                )
         return self

@@ -43,6 +43,7 @@ from moe_lvlm.checkpoint.verify import (
 )
 from moe_lvlm.models.build import build_empty, config_of
 from moe_lvlm.models.config import MoELlavaConfig
+from moe_lvlm.models.instructblip_config import MoEInstructBlipConfig
 from moe_lvlm.models.load import CHECKPOINTS
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -249,12 +250,12 @@ def _shard_problems(path: Path, names: set[str]) -> Iterator[str]:
 def _model_folder_contents(path: Path, shapes: Shapes) -> list[str]:
     try:
         config = AutoConfig.from_pretrained(path)
-        if config.model_type == MoELlavaConfig.model_type:
+        if config.model_type in (MoELlavaConfig.model_type, MoEInstructBlipConfig.model_type):
             return model_problems(config_of(path), shapes)
         if config.model_type != "llava":
             return [
                 f"{CONFIG_FILE}: model_type {config.model_type!r} is not compared with the tensors; "
-                f"allowed: llava, {MoELlavaConfig.model_type}"
+                f"allowed: llava, {MoELlavaConfig.model_type}, {MoEInstructBlipConfig.model_type}"
             ]
         # transformers' own class and names: it knows its older spellings and how it takes experts apart
         _, found = LlavaForConditionalGeneration.from_pretrained(path, device_map="meta", output_loading_info=True)

@@ -40,7 +40,7 @@ from moe_lvlm.conversion.stock import (
     stock_form,
     stock_source,
 )
-from moe_lvlm.models.build import config_of, is_plain_llava
+from moe_lvlm.models.build import is_plain_llava, llava_config_of
 from moe_lvlm.models.config import MoELlavaConfig
 from moe_lvlm.models.load import find_model
 from moe_lvlm.routing.eea import has_eea, without_eea
@@ -110,7 +110,7 @@ def plan_export(
     folder, processor_folder = find_model(path)
     if is_plain_llava(folder):
         raise ValueError(f"{folder}: transformers' own LLaVA already; nothing of ours is left to export")
-    config = config_of(folder)
+    config = llava_config_of(folder)
     if is_eea_off:
         config = config.with_moe(without_eea(config.moe_config))
     choice = _choose_form(config, format)

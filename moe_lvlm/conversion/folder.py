@@ -18,7 +18,7 @@ from moe_lvlm.checkpoint.source import LazySource, WeightSource
 from moe_lvlm.conversion.bin_shards import open_weights
 from moe_lvlm.conversion.parameters import count_parameters
 from moe_lvlm.conversion.target import LLAVA_RULES, build_target
-from moe_lvlm.models.build import config_of, is_plain_llava
+from moe_lvlm.models.build import is_plain_llava, llava_config_of
 from moe_lvlm.models.config import MoELlavaConfig
 from moe_lvlm.models.load import find_model
 from moe_lvlm.models.processor import class_tokens, load_processor
@@ -73,7 +73,7 @@ def open_model(path: str | Path) -> OpenModel:
         ValueError: none of these, or a LLaVA whose weights are not those that its configuration describes.
     """
     model_folder, processor_folder = find_model(path)
-    config = config_of(model_folder)
+    config = llava_config_of(model_folder)
     weights = open_weights(model_folder)
     if is_plain_llava(model_folder):
         target = build_target(config)

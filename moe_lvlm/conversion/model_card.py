@@ -13,8 +13,9 @@ import torch
 import transformers
 
 import moe_lvlm
+from moe_lvlm.config.connector import PartSettings
 from moe_lvlm.config.moe import LongTailRouterSettings, MoEConfig
-from moe_lvlm.config.recipe import PartSettings, SourceSettings
+from moe_lvlm.config.recipe import SourceSettings
 from moe_lvlm.config.yaml_text import dump_yaml
 from moe_lvlm.conversion.parameters import ParameterCounts
 from moe_lvlm.conversion.provenance import Provenance
@@ -255,7 +256,10 @@ def _scores(facts: CardFacts) -> Iterator[str]:
     for task, score in facts.provenance.scores.items():
         yield f"| {task} | {_number(score.get('accuracy'))} | {_number(score.get('majority'))} | {score.get('n', '')} |"
     yield ""
-    yield "Greedy answers, scored by each evaluation set's own metric; `majority` always gives the commonest answer."
+    yield (
+        "Greedy answers, scored by each evaluation set's own metric; `majority` always gives the commonest answer. Of "
+        "captions the number is CIDEr, where 1.0 is printed as 100 elsewhere."
+    )
     if facts.is_eea_off:
         yield "It measured the model with EEA on, which this export has switched off."
 

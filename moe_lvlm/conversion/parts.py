@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from moe_lvlm.checkpoint.source import LazySource, LazyTensor, WeightSource
-from moe_lvlm.config.recipe import ModelSettings, PartSettings
+from moe_lvlm.config.connector import PartSettings
+from moe_lvlm.config.recipe import ModelSettings
 from moe_lvlm.conversion.bin_shards import open_weights
 from moe_lvlm.conversion.folder import Converted, read_config
 from moe_lvlm.conversion.target import Rules, Target, build_target, with_rows

@@ -5,13 +5,12 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from transformers import GenerationConfig, LlavaProcessor
 
 from moe_lvlm.config.recipe import DataSettings
 from moe_lvlm.conversion.provenance import Provenance
-from moe_lvlm.data.templates import Template, build_template, chat_template_text, end_of_turn_id
+from moe_lvlm.data.templates import Template, build_template, chat_template_text, end_of_turn_id, own_bos_token
 from moe_lvlm.models.processor import load_processor
 
 GENERATION_CONFIG = "generation_config.json"
@@ -36,7 +35,7 @@ def processor_files(folder: Path, provenance: Provenance) -> ProcessorFiles:
     processor = load_processor(folder)
     tokenizer = processor.tokenizer
     data = DataSettings() if provenance.recipe is None else provenance.recipe.data
-    kind: Literal["plain", "chat"] = "plain" if provenance.template == "plain" else "chat"
+    kind = provenance.template
     if kind == "chat" and (provenance.recipe is not None or tokenizer.chat_template is not None):
         tokenizer.chat_template = chat_template_text(data.chat_template, tokenizer)
         processor.chat_template = tokenizer.chat_template
@@ -78,12 +77,13 @@ def _generation_config(processor: LlavaProcessor, template: Template | None) -> 
 def _prompt(processor: LlavaProcessor, kind: str) -> str:
     mark = processor.image_token
     if kind == "plain":
-        own = processor.tokenizer("a", add_special_tokens=True)["input_ids"]
-        bos = processor.tokenizer.bos_token if own[:1] == [processor.tokenizer.bos_token_id] else ""
-        return f"prompt = {(bos or '') + mark!r}  # the model was trained to caption: the image alone"
+        return f"prompt = {own_bos_token(processor.tokenizer) + mark!r}  # the model was trained to caption: the image alone"
     question = f"{mark}\nWhat is in this image?"
     if processor.tokenizer.chat_template is None:
         return f"prompt = {question!r}  # no chat template is known: write what the model was trained on"
+    if kind == "instruct":
+        bos = own_bos_token(processor.tokenizer)
+        return f"prompt = {mark + bos + 'What is in this image?'!r}  # to be tokenized with add_special_tokens=False"
     return (
         f'messages = [{{"role": "user", "content": {question!r}}}]\n'
         "prompt = processor.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)"

@@ -10,7 +10,7 @@ from typing import Any
 
 from moe_lvlm.checkpoint.layout import STATE_FILE, read_json
 from moe_lvlm.config.load import load_recipe
-from moe_lvlm.config.recipe import Recipe, StageSettings
+from moe_lvlm.config.recipe import Recipe, StageSettings, Template
 from moe_lvlm.models.load import CHECKPOINTS
 
 RECIPE = "recipe.yaml"
@@ -36,8 +36,8 @@ class Provenance:
     versions: Mapping[str, str] = field(default_factory=dict)
 
     @property
-    def template(self) -> str:
-        """How conversations became text in the stage: `chat` or `plain`."""
+    def template(self) -> Template:
+        """How conversations became text in the stage."""
         if self.recipe is None:
             return "chat"
         return (self.stage and self.stage.template) or self.recipe.data.template

@@ -1,5 +1,5 @@
 """Data: files of records, mixtures, templates, samples, batches, the order of a run.
 
 Light to import, since the shipped packs are found through this package; take names from the modules:
-`mixture` (build_dataset, open_source), `order`, `loader`, `ledger`, `collator`, `sample`, `templates`, `errors`.
+`mixture` (build_dataset, open_records), `order`, `loader`, `ledger`, `collator`, `sample`, `templates`, `errors`.
 """

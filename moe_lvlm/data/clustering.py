@@ -32,7 +32,7 @@ def recipe_files(recipe: Recipe, stage: str | None = None) -> list[Path]:
     where none upcycles.
 
     Raises:
-        ValueError: no stage of this name.
+        ValueError: no stage of this name, or records of another layout than LLaVA's.
     """
     names = [one.name for one in recipe.stages]
     if stage is not None:
@@ -43,6 +43,12 @@ def recipe_files(recipe: Recipe, stage: str | None = None) -> list[Path]:
         first = next((place for place, one in enumerate(recipe.stages) if one.upcycle), 0)
         stages = list(recipe.stages[first:])
     sources = [source for one in stages for source in one.mixture or recipe.data.mixture]
+    for source in sources:
+        if source.source != "llava_json":
+            raise ValueError(
+                f"{source.path}: source {source.source}, whose instructions are drawn anew each time; clusters are fitted "
+                "on records of llava_json"
+            )
     return list(dict.fromkeys(resolve_path(source.path, recipe.data.image_root) for source in sources))
 
 

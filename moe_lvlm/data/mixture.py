@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from transformers import LlavaProcessor
+from transformers import ProcessorMixin
 
 from moe_lvlm.config.moe import MoEConfig
-from moe_lvlm.config.recipe import DataSettings, SourceSettings
+from moe_lvlm.config.recipe import DataSettings, RecordsSettings, SourceSettings, Template
 from moe_lvlm.data import packs
 from moe_lvlm.data.clusters import ClusterTable, InstructionClusters
 from moe_lvlm.data.collator import Collator
+from moe_lvlm.data.connector_text import ConnectorText
+from moe_lvlm.data.draws import draw_number
 from moe_lvlm.data.errors import BadRecordError, DataFileError, RecordFault
-from moe_lvlm.data.llava_json import RecordFile, read_records
-from moe_lvlm.data.records import Record, parse_record, record_id
+from moe_lvlm.data.json_files import RecordFile
+from moe_lvlm.data.layout import LLAVA, Layout
+from moe_lvlm.data.llava_json import read_records
+from moe_lvlm.data.published import open_published
+from moe_lvlm.data.records import Record
 from moe_lvlm.data.sample import NumImageTokens, Prompt, Sample, SampleBuilder, check_processor
 from moe_lvlm.data.tasks import TaskRules
 from moe_lvlm.data.templates import build_template
@@ -34,11 +39,12 @@ class Draw(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """One dataset: a file of records and the folder that their images lie below."""
+    """One dataset: a file of records, how they are read, and the folder that their images lie below."""
 
     name: str
     records: RecordFile
     image_root: Path
+    layout: Layout = LLAVA
 
     def __len__(self) -> int:
         return len(self.records)
@@ -47,19 +53,24 @@ class Source:
         """The name of a sample: `<dataset>/<index>`."""
         return f"{self.name}/{index}"
 
-    def record(self, index: int) -> Record:
-        """The record, checked. Raises BadRecordError."""
+    def record(self, index: int, draw: int | None = None) -> Record:
+        """The record, checked. draw: chooses what is drawn anew each time, such as one of ten people's answers; None is
+        the record as an evaluation shows it. Raises BadRecordError."""
         raw = self.records[index]
         try:
-            return parse_record(raw)
+            return self.layout.record(raw, draw)
         except RecordFault as fault:
-            raise self._bad(index, record_id(raw), fault) from fault
+            raise self._bad(index, self.layout.record_id(raw), fault) from fault
 
-    def sample(self, index: int, builder: SampleBuilder) -> Sample:
+    def facts(self, index: int) -> Mapping[str, Any]:
+        """What the record says beside its conversation, for metrics (docs/evaluation.md). Raises RecordFault."""
+        return self.layout.facts(self.records[index])
+
+    def sample(self, index: int, builder: SampleBuilder, draw: int | None = None) -> Sample:
         """The record as a training sample. Raises BadRecordError."""
-        record = self.record(index)
+        record = self.record(index, draw)
         try:
-            return builder.sample(record, self.image_root, dataset=self.name, key=self.key(index))
+            return builder.sample(record, self.image_root, dataset=self.name, key=self.key(index), draw=draw)
         except RecordFault as fault:
             raise self._bad(index, record.id, fault) from fault
 
@@ -76,15 +87,15 @@ class Source:
 
 
 class MixtureDataset:
-    """Sources with weights, drawn epoch by epoch.
+    """Sources in some proportion, drawn epoch by epoch.
 
-    An epoch holds round(weight x len) draws of a source (halves go up): as many whole copies of it as fit, and for
-    the rest records chosen without replacement, anew each epoch, by (seed, epoch, place of the source). Positions run
-    through the sources in turn; shuffling is `StepOrder`'s.
+    num_draws: of each source in an epoch: as many whole copies of it as fit, and for the rest records chosen without
+    replacement, anew each epoch, by (seed, epoch, place of the source). Positions run through the sources in turn;
+    shuffling is `StepOrder`'s.
     """
 
     def __init__(
-        self, sources: Sequence[Source], weights: Sequence[float], builder: SampleBuilder, *, seed: int
+        self, sources: Sequence[Source], num_draws: Sequence[int], builder: SampleBuilder, *, seed: int
     ) -> None:
         if not sources:
             raise ValueError("data.mixture is empty; at least one source is needed")
@@ -94,8 +105,8 @@ class MixtureDataset:
         self.sources = tuple(sources)
         self.builder = builder
         self.seed = seed
-        counts = [_num_draws(source, weight) for source, weight in zip(sources, weights, strict=True)]
-        self._ends = np.cumsum(counts, dtype=np.int64)
+        assert len(num_draws) == len(sources) and min(num_draws) > 0
+        self._ends = np.cumsum(num_draws, dtype=np.int64)
         self._chosen: dict[int, tuple[int, NDArray[np.int64]]] = {}  # source -> epoch, its chosen records
 
     def __len__(self) -> int:
@@ -105,7 +116,7 @@ class MixtureDataset:
     def __getitem__(self, draw: Draw) -> Sample:
         """The sample of a draw. Raises BadRecordError if its record cannot be used, IndexError past the epoch."""
         source, index = self.locate(draw)
-        return source.sample(index, self.builder)
+        return source.sample(index, self.builder, draw_number(self.seed, *draw))
 
     def locate(self, draw: Draw) -> tuple[Source, int]:
         """The source and the index in it that a draw stands for."""
@@ -133,36 +144,56 @@ class MixtureDataset:
 def build_dataset(
     settings: DataSettings,
     mixture: Sequence[SourceSettings],
-    template: Literal["plain", "chat"],
-    processor: LlavaProcessor,
+    template: Template,
+    processor: ProcessorMixin,
     num_image_tokens: NumImageTokens,
     seed: int,
+    *,
+    answers_apart: bool = False,
 ) -> tuple[MixtureDataset, Collator]:
     """Dataset and collator of one stage.
 
     mixture, template: the stage's own, or those of `settings`. num_image_tokens: (processor, height, width) ->
-    placeholders. Raises DataFileError, TemplateError or ValueError for what is wrong with files, templates or the
-    mixture as a whole; single records are looked at when drawn.
+    placeholders. answers_apart: for an encoder-decoder language model (`SampleBuilder`). Raises DataFileError,
+    TemplateError or ValueError for what is wrong with files, templates or the mixture as a whole; single records are
+    looked at when drawn.
     """
-    sources = [open_source(source.path, source.image_root, source.name, settings.image_root) for source in mixture]
-    builder = build_samples(settings, template, processor, num_image_tokens)
-    dataset = MixtureDataset(sources, [source.weight for source in mixture], builder, seed=seed)
+    ratios = [source.ratio for source in mixture if source.ratio is not None]
+    if len(ratios) not in (0, len(mixture)):
+        raise ValueError(
+            f"data.mixture: {len(ratios)} of {len(mixture)} sources have a ratio; allowed: all of them, or none"
+        )
+    builder = build_samples(settings, template, processor, num_image_tokens, answers_apart=answers_apart)
+    sources = [open_records(source, settings.image_root) for source in mixture]
+    weights = [source.weight for source in mixture]
+    num_draws = draws_by_ratio(sources, ratios) if ratios else draws_by_weight(sources, weights)
+    dataset = MixtureDataset(sources, num_draws, builder, seed=seed)
     return dataset, Collator.for_processor(processor, has_task_labels=bool(settings.task_types))
 
 
 def build_samples(
     settings: DataSettings,
-    template: Literal["plain", "chat"],
-    processor: LlavaProcessor,
+    template: Template,
+    processor: ProcessorMixin,
     num_image_tokens: NumImageTokens,
+    *,
+    answers_apart: bool = False,
 ) -> SampleBuilder:
     """The maker of samples and prompts that a recipe's `data` describes.
 
-    Raises TemplateError, or DataFileError for the table of clusters.
+    A processor with a `qformer_tokenizer` (InstructBLIP's) has a connector that reads words, the others none. Raises
+    TemplateError, or DataFileError for the table of clusters.
     """
     check_processor(processor)
-    built = build_template(template, settings.chat_template, processor.tokenizer, processor.image_token)
+    built = build_template(
+        template,
+        settings.chat_template,
+        processor.tokenizer,
+        str(processor.image_token),
+        closes_prompt=answers_apart,
+    )
     table = open_clusters(settings)
+    connector_tokenizer = getattr(processor, "qformer_tokenizer", None)
     return SampleBuilder(
         processor,
         built,
@@ -170,6 +201,8 @@ def build_samples(
         max_length=settings.max_length,
         tasks=TaskRules(settings.task_types) if settings.task_types else None,
         clusters=None if table is None else InstructionClusters(table),
+        connector_text=None if connector_tokenizer is None else ConnectorText(connector_tokenizer),
+        answers_apart=answers_apart,
     )
 
 
@@ -188,22 +221,43 @@ def needed_data(settings: DataSettings, moe: MoEConfig | None) -> DataSettings:
     return settings.model_copy(update={"clusters": None})
 
 
-def open_source(path: str, image_root: str | None, name: str | None, base: str) -> Source:
-    """Opens a file of LLaVA records.
+def open_records(settings: RecordsSettings, base: str, *, for_evaluation: bool = False) -> Source:
+    """Opens the dataset that a recipe describes. Raises DataFileError.
 
-    path: relative to `base`, absolute, or `package:<pack>/<rest>`; image_root the same, None is `base` itself. base:
-    the recipe's `data.image_root`, `package:...` too. name: None takes the file's. Raises DataFileError.
+    base: the recipe's `data.image_root`, `package:...` too. for_evaluation: captions come a record an image, with all
+    that were written for it, in place of a record a caption.
     """
-    file = resolve_path(path, base)
-    root = resolve_path(image_root or "", base)
+    file = resolve_path(settings.path, base)
+    root = resolve_path(settings.image_root or "", base)
     if not root.is_dir():
         raise DataFileError(f"image_root: {root} is not a folder (for records of {file})")
-    return Source(file.stem if name is None else name, read_records(file), root)
+    name = file.stem if settings.name is None else settings.name
+    if settings.source == "llava_json":
+        return Source(name, read_records(file), root)
+    annotations = None if settings.annotations is None else resolve_path(settings.annotations, base)
+    records, layout = open_published(settings, file, annotations, by_image=for_evaluation)
+    return Source(name, records, root, layout)
 
 
 def resolve_path(path: str, base: str) -> Path:
     """A path of a recipe: `package:...`, absolute, or relative to `base` (itself a path or `package:...`)."""
     return packs.resolve(path) if path.startswith(packs.PREFIX) else packs.resolve(base) / path
+
+
+def draws_by_weight(sources: Sequence[Source], weights: Sequence[float]) -> list[int]:
+    """Draws of each source in an epoch: round(weight x len), halves going up.
+
+    Raises:
+        ValueError: a weight that is no positive number, or by which a source is never drawn.
+    """
+    return [_num_draws(source, weight) for source, weight in zip(sources, weights, strict=True)]
+
+
+def draws_by_ratio(sources: Sequence[Source], ratios: Sequence[float]) -> list[int]:
+    """Draws of each source in an epoch, in the proportion of `ratios`; the epoch is the shortest in which each record of
+    every source is seen (the others' more than once)."""
+    longest = max(len(source) / ratio for source, ratio in zip(sources, ratios, strict=True))
+    return [math.floor(ratio * longest + 0.5) for ratio in ratios]
 
 
 def _num_draws(source: Source, weight: float) -> int:

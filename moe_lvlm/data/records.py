@@ -29,6 +29,8 @@ class Record:
 
     id: the record's own, as text. images, mask: paths as they stand in the file. turns: human, gpt, human, gpt, ...
     task: what the record is counted as in an evaluation. mask: foreground of the image, read by analyses only.
+    question: the bare question, where the human turn holds it inside an instruction: what a connector reads. None takes
+    the first human turn's words.
     """
 
     id: str | None
@@ -36,11 +38,12 @@ class Record:
     turns: tuple[Turn, ...]
     task: str | None = None
     mask: str | None = None
+    question: str | None = None
 
 
-def record_id(raw: object) -> str | None:
+def record_id(raw: object, key: str = "id") -> str | None:
     """The id of a record that may be anything; None if it has none that can be printed."""
-    value = raw.get("id") if isinstance(raw, dict) else None
+    value = raw.get(key) if isinstance(raw, dict) else None
     return str(value) if isinstance(value, str | int) and not isinstance(value, bool) else None
 
 
@@ -51,7 +54,7 @@ def parse_record(raw: object) -> Record:
     allowed.
     """
     if not isinstance(raw, dict):
-        raise RecordFault(f"the record is {_kind(raw)}; it must be an object with `conversations`")
+        raise RecordFault(f"the record is {describe(raw)}; it must be an object with `conversations`")
     images = _images(raw)
     turns = _turns(raw)
     num_marks = check_turns(turns)
@@ -94,18 +97,18 @@ def _turns(raw: dict[str, object]) -> tuple[Turn, ...]:
         raise RecordFault(f"`conversations` is missing; the keys are {_shown(sorted(map(str, raw)))}")
     conversations = raw["conversations"]
     if not isinstance(conversations, list):
-        raise RecordFault(f"conversations is {_kind(conversations)}; it must be a list of turns")
+        raise RecordFault(f"conversations is {describe(conversations)}; it must be a list of turns")
     return tuple(_turn(position, turn) for position, turn in enumerate(conversations))
 
 
 def _turn(position: int, raw: object) -> Turn:
     where = f"conversations[{position}]"
     if not isinstance(raw, dict):
-        raise RecordFault(f"{where} is {_kind(raw)}; it must be an object with `from` and `value`")
+        raise RecordFault(f"{where} is {describe(raw)}; it must be an object with `from` and `value`")
     role = raw.get("from")
     if role not in ROLES:
         raise RecordFault(f"{where}.from is {_shown(role)}; allowed are human and gpt")
-    return Turn(role, _text(raw.get("value"), f"{where}.value"))
+    return Turn(role, check_text(raw.get("value"), f"{where}.value"))
 
 
 def _images(raw: dict[str, object]) -> tuple[str, ...]:
@@ -114,19 +117,20 @@ def _images(raw: dict[str, object]) -> tuple[str, ...]:
         return ()
     paths = value if isinstance(value, list) else [value]
     for path in paths:
-        if not _text(path, "image"):
+        if not check_text(path, "image"):
             raise RecordFault("image is an empty path; leave the key out for a record without images")
     return tuple(paths)
 
 
 def _optional_text(raw: dict[str, object], key: str) -> str | None:
     value = raw.get(key)
-    return None if value is None else _text(value, key)
+    return None if value is None else check_text(value, key)
 
 
-def _text(value: object, where: str) -> str:
+def check_text(value: object, where: str) -> str:
+    """The value, which must be a string of Unicode text. where: its key. Raises RecordFault."""
     if not isinstance(value, str):
-        raise RecordFault(f"{where} is {_kind(value)}; it must be a string")
+        raise RecordFault(f"{where} is {describe(value)}; it must be a string")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -137,7 +141,7 @@ def _text(value: object, where: str) -> str:
     return value
 
 
-def _kind(value: object) -> str:
+def describe(value: object) -> str:
     """A JSON value in words, with the value itself, cut short."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
     return "null" if value is None else f"{names.get(type(value), type(value).__name__)}: {_shown(value)}"

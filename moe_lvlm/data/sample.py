@@ -1,6 +1,6 @@
 """A record as the model sees it: token ids with one placeholder a visual token, labels, pixels.
 
-S sequence   n images   C, H, W channels, height, width
+S sequence   A answer   L words of the connector   n images   C, H, W channels, height, width
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from transformers import LlavaProcessor
+from transformers import ProcessorMixin
 
 from moe_lvlm.data.clusters import InstructionClusters
+from moe_lvlm.data.connector_text import ConnectorText
 from moe_lvlm.data.errors import ImageSizeError, RecordFault, TemplateError
 from moe_lvlm.data.images import load_image
 from moe_lvlm.data.instructions import first_instruction
@@ -26,7 +27,7 @@ from moe_lvlm.data.templates import Rendered, Span, Template, tokenize
 
 IGNORED_LABEL = -100
 
-NumImageTokens = Callable[[LlavaProcessor, int, int], int]
+NumImageTokens = Callable[[ProcessorMixin, int, int], int]
 """(processor, height, width of the processed image) -> placeholders."""
 
 
@@ -35,9 +36,12 @@ class Sample:
     """One conversation, ready for a batch.
 
     key: `<dataset>/<index>`. input_ids [S] int64, image marks expanded. labels [S] int64, not shifted, -100 except on
-    answers. instruction [S] bool, the user's words without image tokens. pixel_values [n, C, H, W] float32, or None.
+    answers; where answers stand apart (encoder-decoder) [1 + A], the first for the decoder's start, and input_ids are the
+    prompt. instruction [S] bool, the user's words without image tokens. pixel_values [n, C, H, W] float32, or None.
     image_tokens: placeholders of each image. task: the record's own; task_label: its number by the recipe's rules, None
-    if none fits. cluster: of its first instruction, None without a table of clusters.
+    if none fits. cluster: of its first instruction, None without a table of clusters. connector_ids [L] int64, what the
+    connector reads beside each image, None if it reads nothing. draw: 0 <= draw < 2^63, the number of the draw that
+    brought it, None outside of a mixture.
     """
 
     key: str
@@ -50,6 +54,8 @@ class Sample:
     image_tokens: tuple[int, ...]
     task_label: int | None = None
     cluster: int | None = None
+    connector_ids: Tensor | None = None
+    draw: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,6 +67,7 @@ class Prompt:
     pixel_values: Tensor | None
     image_tokens: tuple[int, ...]
     cluster: int | None = None
+    connector_ids: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,32 +81,41 @@ class SampleBuilder:
     """Makes samples for training and prompts for generation, by one code path: the ids of a prompt are those that the
     training sample of the same conversation begins with.
 
-    A sample of more than `max_length` tokens is cut on the right if all image tokens and at least one supervised token
-    remain; else it is bad. A prompt is never cut.
+    A sample of more than `max_length` tokens, its answer among them, is cut on the right if all image tokens and at least
+    one supervised token remain; else it is bad. A prompt is never cut.
+
+    answers_apart: samples are for an encoder and a decoder, which read the prompt and the answer (template `instruct`
+    with `closes_prompt`). connector_text: None where the connector reads no words.
     """
 
     def __init__(
         self,
-        processor: LlavaProcessor,
+        processor: ProcessorMixin,
         template: Template,
         *,
         num_image_tokens: NumImageTokens,
         max_length: int,
         tasks: TaskRules | None = None,
         clusters: InstructionClusters | None = None,
+        connector_text: ConnectorText | None = None,
+        answers_apart: bool = False,
     ) -> None:
         self.processor = processor
         self.template = template
         self.max_length = max_length
         self.tasks = tasks
         self.clusters = clusters
+        self.connector_text = connector_text
+        self.answers_apart = answers_apart
         self._num_image_tokens = num_image_tokens
 
-    def sample(self, record: Record, image_root: Path, *, dataset: str, key: str) -> Sample:
-        """The training sample of a record. Raises RecordFault."""
+    def sample(self, record: Record, image_root: Path, *, dataset: str, key: str, draw: int | None = None) -> Sample:
+        """The training sample of a record. draw: the number of the draw that brought it. Raises RecordFault."""
         images = [load_image(image_root, path) for path in record.images]
         tokens, pixel_values, image_tokens = self._encode(record.turns, images)
         tokens = self._cut(tokens)
+        if self.answers_apart:
+            tokens = _part(tokens)
         return Sample(
             key=key,
             dataset=dataset,
@@ -111,10 +127,16 @@ class SampleBuilder:
             image_tokens=image_tokens,
             task_label=None if self.tasks is None else self.tasks.label(record, dataset),
             cluster=self._cluster(record.turns),
+            connector_ids=self._connector_ids(record.turns, record.question),
+            draw=draw,
         )
 
-    def prompt(self, turns: Sequence[Turn], images: Sequence[Image.Image]) -> Prompt:
+    def prompt(
+        self, turns: Sequence[Turn], images: Sequence[Image.Image], *, connector_words: str | None = None
+    ) -> Prompt:
         """What the model goes on from: a conversation whose last turn is a human's. images: RGB, one a mark.
+
+        connector_words: what the connector reads; None takes the words of the first turn.
 
         Raises RecordFault if turns do not alternate, end in an answer, or marks and images differ in number.
         """
@@ -131,14 +153,21 @@ class SampleBuilder:
             pixel_values=pixel_values,
             image_tokens=image_tokens,
             cluster=self._cluster(turns),
+            connector_ids=self._connector_ids(turns, connector_words),
         )
 
     def record_prompt(self, record: Record, image_root: Path) -> Prompt:
         """The prompt for a record's last answer. Raises RecordFault."""
-        return self.prompt(record.turns[:-1], [load_image(image_root, path) for path in record.images])
+        images = [load_image(image_root, path) for path in record.images]
+        return self.prompt(record.turns[:-1], images, connector_words=record.question)
 
     def _cluster(self, turns: Sequence[Turn]) -> int | None:
         return None if self.clusters is None else self.clusters.cluster(first_instruction(turns))
+
+    def _connector_ids(self, turns: Sequence[Turn], words: str | None) -> Tensor | None:
+        if self.connector_text is None:
+            return None
+        return self.connector_text(first_instruction(turns) if words is None else words)
 
     def _encode(
         self, turns: Sequence[Turn], images: Sequence[Image.Image]
@@ -158,11 +187,11 @@ class SampleBuilder:
         return pixel_values[0].float()
 
     def _tokens(self, rendered: Rendered, image_tokens: tuple[int, ...]) -> _Tokens:
-        ids_list, starts_list = tokenize(self.processor.tokenizer, rendered.text)
+        ids_list, starts_list = tokenize(self.processor.tokenizer, rendered.text, rendered.cuts)
         ids, starts = np.asarray(ids_list, dtype=np.int64), np.asarray(starts_list, dtype=np.int64)
         is_mark = ids == self.processor.image_token_id
         if int(is_mark.sum()) != len(image_tokens):
-            mark = self.processor.image_token
+            mark = str(self.processor.image_token)
             raise RecordFault(
                 f"the text has {int(is_mark.sum())} tokens {mark!r} for {len(image_tokens)} image(s); in a record only"
                 f" {IMAGE_MARK} may stand for an image"
@@ -187,13 +216,21 @@ class SampleBuilder:
         return cut
 
 
-def check_processor(processor: LlavaProcessor) -> None:
+def _part(tokens: _Tokens) -> _Tokens:
+    """The prompt's ids, and labels of the answer behind a place for the decoder's start."""
+    # the one answer is the text's end, and a sample has some of it left
+    first = int(np.argmax(tokens.labels != IGNORED_LABEL))
+    labels = np.concatenate(([IGNORED_LABEL], tokens.labels[first:]))
+    return _Tokens(tokens.ids[:first], labels, tokens.instruction[:first])
+
+
+def check_processor(processor: ProcessorMixin) -> None:
     """Raises TemplateError unless batches can be padded and images marked with this processor's tokenizer."""
     tokenizer = processor.tokenizer
     if tokenizer.pad_token_id is None:
         raise TemplateError("the tokenizer has no pad_token; set one (padding takes part in nothing, eos may serve)")
     if tokenizer.pad_token_id == processor.image_token_id:
-        raise TemplateError(f"the tokenizer pads with the image mark {processor.image_token!r}; they must differ")
+        raise TemplateError(f"the tokenizer pads with the image mark {str(processor.image_token)!r}; they must differ")
 
 
 def _inside(starts: NDArray[np.int64], spans: Sequence[Span]) -> NDArray[np.bool_]:

@@ -134,7 +134,7 @@ def compose_scene(sprites: Sprites, rng: np.random.Generator) -> Scene:
     style = _choose(list(sprites), rng)
     colour = _choose(list(COLOURS), rng)
     texture = _choose(list(Texture), rng)
-    placed = _place(names, rng)
+    placed = place_emoji(names, rng)
 
     canvas = Image.fromarray(draw_background(COLOURS[colour], texture, rng))
     mask = np.zeros((SIDE, SIDE), dtype=bool)
@@ -196,7 +196,8 @@ def _texture_amount(texture: Texture, rng: np.random.Generator) -> NDArray[np.fl
     return (amount / amount.max()).astype(np.float32)
 
 
-def _place(names: Sequence[str], rng: np.random.Generator) -> tuple[PlacedEmoji, ...]:
+def place_emoji(names: Sequence[str], rng: np.random.Generator) -> tuple[PlacedEmoji, ...]:
+    """One to MAX_OBJECTS emoji in quadrants of their own, in reading order; in SAME_NAME_SHARE of the cases of one name."""
     count = int(rng.integers(1, MAX_OBJECTS + 1))
     quadrants = [list(Quadrant)[index] for index in sorted(rng.permutation(len(Quadrant))[:count])]
     chosen = [names[index] for index in rng.permutation(len(names))[:count]]

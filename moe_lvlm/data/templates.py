@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, NamedTuple, Protocol
 
 from jinja2 import TemplateError as JinjaError
@@ -14,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from moe_lvlm.data import packs
 from moe_lvlm.data.errors import RecordFault, TemplateError
+from moe_lvlm.data.instructions import first_instruction
 from moe_lvlm.data.records import IMAGE_MARK, Turn
 
 BUILTIN_TEMPLATES = {
@@ -51,11 +53,14 @@ class Rendered:
     """A conversation as text.
 
     answers: what the loss is on, each with the end of turn that follows it. instructions: the user's own words.
+    cuts: where the text falls into pieces, each of which becomes tokens by itself: tokenizers treat a text's beginning
+    in their own way.
     """
 
     text: str
     answers: tuple[Span, ...]
     instructions: tuple[Span, ...]
+    cuts: tuple[int, ...] = ()
 
 
 class Template(Protocol):
@@ -182,9 +187,7 @@ class PlainTemplate:
             raise TemplateError("template plain: the tokenizer has no eos_token; one must end the caption")
         self._image_token = image_token
         self._eos_token = tokenizer.eos_token
-        own_ids = tokenizer("a", add_special_tokens=True)["input_ids"]
-        has_bos = isinstance(tokenizer.bos_token, str) and own_ids[:1] == [tokenizer.bos_token_id]
-        self._bos_token = str(tokenizer.bos_token) if has_bos else ""
+        self._bos_token = own_bos_token(tokenizer)
 
     def render(self, turns: Sequence[Turn]) -> Rendered:
         """Raises RecordFault unless there is one human turn with at least one image, and at most one answer."""
@@ -202,14 +205,73 @@ class PlainTemplate:
         return Rendered(text, (Span(len(prompt), len(text)),), ())
 
 
+class InstructTemplate:
+    """InstructBLIP's: the images, the words of the one question, its answer, loss on the answer and the eos token.
+
+    Decoder-only: image marks, bos token if the tokenizer puts one there by itself, words, a blank, answer, eos token.
+    Encoder-decoder (closes_prompt): image marks, words, eos token for the encoder; answer, eos token for the decoder.
+    A prompt's tokens are those that InstructBlipProcessor makes of the words, which are tokenized apart from the image
+    marks. Raises TemplateError when built if the tokenizer has no eos token, or joins the words' end with the answer.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, image_token: str, *, closes_prompt: bool) -> None:
+        if not isinstance(tokenizer.eos_token, str):
+            raise TemplateError("template instruct: the tokenizer has no eos_token; one must end the answer")
+        self._image_token = image_token
+        self._eos_token = tokenizer.eos_token
+        self._bos_token = "" if closes_prompt else own_bos_token(tokenizer)
+        self._closes_prompt = closes_prompt
+        self._check_tokens(tokenizer)
+
+    def render(self, turns: Sequence[Turn]) -> Rendered:
+        """Raises RecordFault unless there is one human turn, and at most one answer."""
+        if len(turns) > 2:
+            raise RecordFault(
+                f"conversations has {len(turns)} turns; template instruct takes one question and one answer"
+            )
+        opening = self._image_token * turns[0].text.count(IMAGE_MARK) + self._bos_token
+        words = first_instruction(turns)
+        instruction = Span(len(opening), len(opening) + len(words))
+        prompt = opening + words + (self._eos_token if self._closes_prompt else "")
+        cuts = (len(opening), len(prompt)) if self._closes_prompt else (len(opening),)
+        if len(turns) == 1:
+            return Rendered(prompt, (), (instruction,), cuts)
+        blank = " " if words and not self._closes_prompt else ""
+        text = prompt + blank + turns[1].text.strip() + self._eos_token
+        return Rendered(text, (Span(len(prompt), len(text)),), (instruction,), cuts)
+
+    def _check_tokens(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """A prompt's tokens must be those that the training text begins with, as for chat templates."""
+        turns = (Turn("human", "the azure:"), Turn("gpt", "bronze"))
+        prompt, whole = self.render(turns[:1]), self.render(turns)
+        prompt_ids = tokenize(tokenizer, prompt.text, prompt.cuts).ids
+        if tokenize(tokenizer, whole.text, whole.cuts).ids[: len(prompt_ids)] != prompt_ids:
+            raise TemplateError(
+                "template instruct: the tokenizer joins the question's end with the answer's beginning; allowed are "
+                "tokenizers to which the blank between them belongs to the answer, or to neither"
+            )
+
+
 def build_template(
-    kind: Literal["plain", "chat"], chat_template: str, tokenizer: PreTrainedTokenizerBase, image_token: str
+    kind: Literal["plain", "chat", "instruct"],
+    chat_template: str,
+    tokenizer: PreTrainedTokenizerBase,
+    image_token: str,
+    *,
+    closes_prompt: bool = False,
 ) -> Template:
     """The template that a recipe names: `data.template` and `data.chat_template`.
 
-    chat_template: `tokenizer` (its own), one of `BUILTIN_TEMPLATES`, or the path (`package:...` too) of a Jinja file. Raises
-    TemplateError, also for a tokenizer that cannot tell where in a text its tokens lie, or does not know the mark.
+    chat_template: `tokenizer` (its own), one of `BUILTIN_TEMPLATES`, or the path (`package:...` too) of a Jinja file.
+    closes_prompt: prompts end with the eos token, as encoders of encoder-decoder models want them; for `instruct` only.
+    Raises TemplateError, also for a tokenizer that cannot tell where in a text its tokens lie, or does not know the
+    mark.
     """
+    if closes_prompt and kind != "instruct":
+        raise TemplateError(
+            f"template {kind}: the language model is an encoder and a decoder, which read the question and the answer; "
+            "allowed: instruct"
+        )
     if not tokenizer.is_fast:
         raise TemplateError(
             f"{type(tokenizer).__name__} is a slow tokenizer, which gives no offsets; a fast one is needed"
@@ -221,6 +283,8 @@ def build_template(
         )
     if kind == "plain":
         return PlainTemplate(tokenizer, image_token)
+    if kind == "instruct":
+        return InstructTemplate(tokenizer, image_token, closes_prompt=closes_prompt)
     return ChatTemplate(tokenizer, image_token, chat_template_text(chat_template, tokenizer), name=chat_template)
 
 
@@ -262,9 +326,25 @@ class Tokens(NamedTuple):
     starts: list[int]
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Tokens:
-    """A rendered text as tokens. The template has written all special tokens, so none is added."""
-    encoding = tokenizer(
-        text, add_special_tokens=False, return_offsets_mapping=True, truncation=False, padding=False, verbose=False
-    )
-    return Tokens(encoding["input_ids"], [start for start, _ in encoding["offset_mapping"]])
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, cuts: Sequence[int] = ()) -> Tokens:
+    """A rendered text as tokens, piece by piece. The template has written all special tokens, so none is added."""
+    ids, starts = [], []
+    for start, end in pairwise(sorted({0, *cuts, len(text)})):
+        encoding = tokenizer(
+            text[start:end],
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            truncation=False,
+            padding=False,
+            verbose=False,
+        )
+        ids += encoding["input_ids"]
+        starts += [start + first for first, _ in encoding["offset_mapping"]]
+    return Tokens(ids, starts)
+
+
+def own_bos_token(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The bos token if the tokenizer puts one before a text by itself, else nothing."""
+    own_ids = tokenizer("a", add_special_tokens=True)["input_ids"]
+    has_bos = isinstance(tokenizer.bos_token, str) and own_ids[:1] == [tokenizer.bos_token_id]
+    return str(tokenizer.bos_token) if has_bos else ""

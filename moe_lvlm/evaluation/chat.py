@@ -104,7 +104,7 @@ class Conversation:
         answer = stream_answer(
             loaded.model,
             loaded.processor,
-            loaded.builder.prompt(turns, images),
+            loaded.builder.prompt(turns, images, connector_words=question.strip()),
             max_new_tokens=self._max_new_tokens,
             streamer=TextStreamer(loaded.processor.tokenizer, skip_prompt=True, skip_special_tokens=True),
             end_ids=loaded.end_ids,

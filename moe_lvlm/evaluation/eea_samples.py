@@ -8,9 +8,9 @@ from pathlib import Path
 
 from transformers import LlavaProcessor
 
-from moe_lvlm.config.recipe import DataSettings, Recipe, StageSettings
+from moe_lvlm.config.recipe import DataSettings, Recipe, RecordsSettings, StageSettings
 from moe_lvlm.data.errors import BadRecordError
-from moe_lvlm.data.mixture import Source, build_samples, needed_data, open_source
+from moe_lvlm.data.mixture import Source, build_samples, needed_data, open_records
 from moe_lvlm.data.sample import Prompt, Sample, SampleBuilder
 from moe_lvlm.models.processor import num_image_tokens
 
@@ -76,7 +76,7 @@ def find_samples(
     builder = build_samples(needed_data(data, None), template, processor, num_image_tokens)
     if records is not None:
         root = str((image_root or records.parent).absolute())
-        named = _Set(open_source(str(records.absolute()), None, None, root), False, max_new_tokens)
+        named = _Set(open_records(RecordsSettings(path=str(records.absolute())), root), False, max_new_tokens)
         return _read([named], count, builder, f"records of {records.name}")
     if recipe is None:
         raise NoSamplesError("the model lies in no run, and no records were named (--records)")
@@ -97,10 +97,10 @@ def _open(recipe: Recipe, stage: StageSettings | None, what: str, max_new_tokens
     base = recipe.data.image_root
     if what == "evaluation sets":
         for task in recipe.evaluation.tasks:
-            yield _Set(open_source(task.path, task.image_root, task.name, base), True, task.max_new_tokens)
+            yield _Set(open_records(task, base, for_evaluation=True), True, task.max_new_tokens)
         return
     for one in (stage and stage.mixture) or recipe.data.mixture:
-        yield _Set(open_source(one.path, one.image_root, one.name, base), False, max_new_tokens)
+        yield _Set(open_records(one, base), False, max_new_tokens)
 
 
 def _read(sets: list[_Set], count: int, builder: SampleBuilder, source: str) -> Samples:

@@ -16,6 +16,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, ProcessorMixin
 from transformers.generation.streamers import BaseStreamer
 
+from moe_lvlm.data.collator import pad_rows
+
 
 class Prompt(Protocol):
     """What a model answers: a rendered conversation that waits for its next answer.
@@ -23,6 +25,7 @@ class Prompt(Protocol):
     input_ids: [S] int64, every image mark expanded to its placeholders.
     instruction: [S] bool, the user's words. cluster: of the instruction, None where clusters are not known.
     pixel_values: [images, C, H, W] float32 in the order of the marks, or None.
+    connector_ids: [W] int64, the words that a Q-Former reads beside each image, None where there is no Q-Former.
     """
 
     @property
@@ -36,6 +39,9 @@ class Prompt(Protocol):
 
     @property
     def pixel_values(self) -> Tensor | None: ...
+
+    @property
+    def connector_ids(self) -> Tensor | None: ...
 
 
 def generate_answers(
@@ -106,7 +112,8 @@ def generate_ids(
             chosen = order[start : start + batch_size]
             batch = collate_prompts([prompts[index] for index in chosen], model=model, pad_id=config.pad_token_id)
             output_BS = model.generate(**batch, generation_config=config)
-            for index, ids in zip(chosen, output_BS[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
+            first = _answer_start(model, batch["input_ids"])
+            for index, ids in zip(chosen, output_BS[:, first:].tolist(), strict=True):
                 answers[index] = _until_end(ids, config.eos_token_id)
             advance(len(chosen))
     return answers
@@ -127,7 +134,7 @@ def stream_answer(
     config = greedy_config(model, tokenizer, max_new_tokens=max_new_tokens, extra_end_ids=end_ids)
     batch = collate_prompts([prompt], model=model, pad_id=config.pad_token_id)
     [ids] = model.generate(**batch, generation_config=config, streamer=streamer).tolist()
-    answer = _until_end(ids[prompt.input_ids.numel() :], config.eos_token_id)
+    answer = _until_end(ids[_answer_start(model, batch["input_ids"]) :], config.eos_token_id)
     return tokenizer.decode(answer, skip_special_tokens=True).strip()
 
 
@@ -136,7 +143,8 @@ def collate_prompts(
 ) -> dict[str, Tensor]:
     """One batch on the model's device: input_ids and attention_mask [B, S], and pixel_values in the model's type if
     there is an image; for a sparse model also what routers may ask: instruction_mask [B, S], and cluster_ids [B] if all
-    prompts have a cluster. Generation goes on at the right end, so it wants its padding on the left."""
+    prompts have a cluster; for a Q-Former its words, a row an image. Generation goes on at the right end, so it wants its
+    padding on the left."""
     longest = max(prompt.input_ids.numel() for prompt in prompts)
     input_ids_BS = torch.full((len(prompts), longest), pad_id, dtype=torch.int64)
     attention_mask_BS = torch.zeros_like(input_ids_BS)
@@ -154,11 +162,25 @@ def collate_prompts(
         clusters = [prompt.cluster for prompt in prompts if prompt.cluster is not None]
         if len(clusters) == len(prompts):
             batch["cluster_ids"] = torch.tensor(clusters)
+    words = [
+        prompt.connector_ids
+        for prompt in prompts
+        if prompt.connector_ids is not None and prompt.pixel_values is not None
+        for _ in prompt.pixel_values
+    ]
+    if words:
+        ids, mask = pad_rows(words, model.config.qformer_config.pad_token_id)
+        batch |= {"qformer_input_ids": ids, "qformer_attention_mask": mask}
     batch = {name: value.to(model.device) for name, value in batch.items()}
     images = [prompt.pixel_values for prompt in prompts if prompt.pixel_values is not None]
     if images:
         batch["pixel_values"] = torch.cat(images).to(model.device, model.dtype)
     return batch
+
+
+def _answer_start(model: PreTrainedModel, input_ids_BS: Tensor) -> int:
+    """Where in what `generate` returns an answer begins: behind the prompt, or behind the start of a decoder of its own."""
+    return 1 if getattr(model.config, "is_answer_apart", False) else input_ids_BS.shape[1]
 
 
 def greedy_config(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import LlavaProcessor, PreTrainedModel
+from transformers import PreTrainedModel
 
 from moe_lvlm.config.load import load_recipe
 from moe_lvlm.config.recipe import Recipe
@@ -14,7 +14,7 @@ from moe_lvlm.data.mixture import build_samples, needed_data
 from moe_lvlm.data.sample import SampleBuilder
 from moe_lvlm.data.templates import end_of_turn_id
 from moe_lvlm.models.load import load
-from moe_lvlm.models.processor import num_image_tokens
+from moe_lvlm.models.processor import Processor, num_image_tokens
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -68,7 +68,7 @@ class LoadedRun:
     """builder: makes prompts as the run's last stage made its samples. end_ids: tokens that end an answer there."""
 
     model: PreTrainedModel
-    processor: LlavaProcessor
+    processor: Processor
     builder: SampleBuilder
     end_ids: tuple[int, ...]
 
@@ -82,6 +82,12 @@ def load_run(run: Path, recipe: Recipe, *, device: str | None, dtype: str | torc
     target, computed_in = choose_device(device), choose_dtype(dtype)
     model, processor = load(run, device=target, dtype=computed_in)
     template = recipe.stages[-1].template or recipe.data.template
-    builder = build_samples(needed_data(recipe.data, model.config.moe_config), template, processor, num_image_tokens)
+    builder = build_samples(
+        needed_data(recipe.data, model.config.moe_config),
+        template,
+        processor,
+        num_image_tokens,
+        answers_apart=model.config.is_answer_apart,
+    )
     end_id = end_of_turn_id(builder.template, processor.tokenizer)
     return LoadedRun(model, processor, builder, () if end_id is None else (end_id,))

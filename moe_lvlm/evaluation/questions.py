@@ -1,4 +1,4 @@
-"""Evaluation sets: records in the LLaVA layout, each a question whose last turn is the right answer.
+"""Evaluation sets: records of any layout that training reads, each a question whose last turn is the right answer.
 
 An evaluation set has to be clean: one bad record is an error, since a score over what is left would be another score.
 """
@@ -6,11 +6,10 @@ An evaluation set has to be clean: one bad record is an error, since a score ove
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +18,7 @@ from PIL import Image
 from moe_lvlm.config.recipe import DataSettings, EvaluationSettings, TaskSettings
 from moe_lvlm.data.errors import BadRecordError, RecordFault
 from moe_lvlm.data.images import FORMATS, load_image, resolve_image
-from moe_lvlm.data.mixture import Source, open_source
+from moe_lvlm.data.mixture import Source, open_records
 from moe_lvlm.data.records import IMAGE_MARK, Record, Turn
 from moe_lvlm.evaluation.metrics import METRICS, Truth
 from moe_lvlm.evaluation.truth import read_truth
@@ -57,6 +56,11 @@ class Question:
         return self.turns[-1].text.replace(IMAGE_MARK, "").strip()
 
     @property
+    def connector_words(self) -> str | None:
+        """What the connector reads, for `SampleBuilder.prompt`: the bare question; None for the first turn's words."""
+        return self.record.question
+
+    @property
     def answer(self) -> str:
         return self.record.turns[-1].text
 
@@ -64,9 +68,7 @@ class Question:
     def truth(self) -> Truth:
         """What the set's metric compares an answer with. Raises BadRecordError."""
         with self.faults():
-            # an object: `record` was parsed from it
-            raw = cast(Mapping[str, Any], self.source.records[self.index])
-            return read_truth(raw, self.record, self.metric)
+            return read_truth(self.source.facts(self.index), self.record, self.metric)
 
     def image_path(self) -> Path | None:
         """The first image's file, or None for text. Raises BadRecordError."""
@@ -119,7 +121,7 @@ def read_questions(task: TaskSettings, data: DataSettings, *, limit: int | None 
     """
     if limit is not None and limit < 1:
         raise ValueError(f"limit: {limit}; at least 1 is needed")
-    source = open_source(task.path, task.image_root, task.name, data.image_root)
+    source = open_records(task, data.image_root, for_evaluation=True)
     chosen = range(len(source))[: limit if limit is not None else task.limit]
     records = [source.record(index) for index in chosen]
     questions = [

@@ -19,6 +19,7 @@ METRICS = "metrics.json"
 PREDICTIONS = "predictions.jsonl"
 ROUTING = "routing.npz"
 EXAMPLES = "examples.npz"
+PATHS = "paths.json"
 
 
 def evaluation_folder(run: Path, name: str) -> Path:

@@ -15,10 +15,11 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
-from transformers import PreTrainedModel, ProcessorMixin
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from moe_lvlm.analysis.examples import ExampleStore, displayable
 from moe_lvlm.analysis.foreground import patch_grid, pool_patches
+from moe_lvlm.analysis.paths import PathStatistics
 from moe_lvlm.analysis.statistics import RoutingStatistics
 from moe_lvlm.evaluation.generation import Prompt, collate_prompts
 from moe_lvlm.routing.trace import RoutingTrace
@@ -28,10 +29,12 @@ ForegroundByImage = list[NDArray[np.float32] | None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Answered:
-    """A prompt with what came of it. foreground: for each image the share of foreground in each of its visual
-    tokens, in patch order, or None for an image without a mask."""
+    """A prompt with what came of it. task: the score that it counts for. foreground: for each image the share of
+    foreground in each of its visual tokens, in patch order, or None for an image without a mask, or whose visual tokens
+    are no patches (`has_patch_tokens`)."""
 
     key: str
+    task: str
     question: str
     answer: str
     prediction: str
@@ -40,11 +43,16 @@ class Answered:
 
 
 class RoutingCollector:
-    """Runs prompts through the model once more, without generation, and adds up how they were routed."""
+    """Runs prompts through the model once more, without generation, and adds up how they were routed.
+
+    statistics: of tokens, in the language model; examples: images with their tail tokens, where visual tokens are
+    patches; paths: of images, in the connector. Each is empty if the model has no such experts.
+    """
 
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, *, num_examples: int = 12) -> None:
         self.statistics = RoutingStatistics()
         self.examples = ExampleStore(limit=num_examples)
+        self.paths = PathStatistics()
         self._seen: set[bytes] = set()
         self._model = model
         self._processor = processor
@@ -67,6 +75,9 @@ class RoutingCollector:
         if trace is None or not len(trace):
             return
         self.statistics.update(trace, [share for item in answered for share in item.foreground])
+        self.paths.update(trace, [item.task for item in answered for _ in item.foreground])
+        if not has_patch_tokens(self._model.config):
+            return
         first_image = 0
         for item in answered:
             pixels = item.prompt.pixel_values
@@ -92,6 +103,11 @@ class RoutingCollector:
             prediction=item.prediction,
             foreground=item.foreground[0],
         )
+
+
+def has_patch_tokens(config: PreTrainedConfig) -> bool:
+    """Whether an image's visual tokens are its patches, row by row; those of a Q-Former are its queries."""
+    return getattr(config, "qformer_config", None) is None
 
 
 def normalisation(image_processor: Any) -> dict[str, tuple[float, ...]]:

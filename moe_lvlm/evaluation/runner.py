@@ -6,17 +6,17 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TextIO
 
 import torch
 
 from moe_lvlm.config.recipe import TaskSettings
 from moe_lvlm.evaluation.generation import generate_answers, progress_bar
 from moe_lvlm.evaluation.loaded import LoadedRun, load_run, run_recipe
-from moe_lvlm.evaluation.metrics import METRICS, Outcome, TaskScore, score_by_task
+from moe_lvlm.evaluation.metrics import METRICS, Outcome, TaskScore, score_set
 from moe_lvlm.evaluation.questions import Question, check_scores_apart, read_questions, select_sets
 from moe_lvlm.evaluation.results import (
     EXAMPLES,
+    PATHS,
     PREDICTIONS,
     ROUTING,
     evaluation_folder,
@@ -24,7 +24,13 @@ from moe_lvlm.evaluation.results import (
     replaced_path,
     update_metrics,
 )
-from moe_lvlm.evaluation.routing import Answered, ForegroundByImage, RoutingCollector, foreground_of
+from moe_lvlm.evaluation.routing import (
+    Answered,
+    ForegroundByImage,
+    RoutingCollector,
+    foreground_of,
+    has_patch_tokens,
+)
 from moe_lvlm.moe.upcycle import moe_layers
 
 # Prompts are made, images and all, for so many batches at a time: enough to sort by length, and a bound on memory.
@@ -42,8 +48,9 @@ def evaluate(
 ) -> dict[str, dict[str, float | int]]:
     """Answer the questions of a run's evaluation sets and score the answers.
 
-    Writes predictions.jsonl, routing.npz and examples.npz into eval/<set>/, and the scores into metrics.json (scores
-    of tasks that were not evaluated stay), and prints a table.
+    Writes predictions.jsonl into eval/<set>/, routing.npz and examples.npz of routed tokens and paths.json of a
+    connector's experts beside it, and the scores into metrics.json (scores of tasks that were not evaluated stay), and
+    prints a table.
 
     Args:
         run: the run's folder.
@@ -72,8 +79,7 @@ def evaluate(
     loaded = load_run(folder, recipe, device=device, dtype=dtype)
     scores: dict[str, TaskScore] = {}
     for task, questions in sets.items():
-        outcomes = _evaluate_set(loaded, task, questions, evaluation_folder(folder, task.name), batch_size=size)
-        found = score_by_task(outcomes, task.metric)
+        found = _evaluate_set(loaded, task, questions, evaluation_folder(folder, task.name), batch_size=size)
         update_metrics(folder, found)
         scores |= found
     print_scores(scores)
@@ -83,25 +89,26 @@ def evaluate(
 
 def _evaluate_set(
     loaded: LoadedRun, task: TaskSettings, questions: Sequence[Question], folder: Path, *, batch_size: int
-) -> list[Outcome]:
-    """Answer one set, and write its predictions and its routing."""
-    collector = RoutingCollector(loaded.model, loaded.processor) if moe_layers(loaded.model) else None
-    outcomes = []
-    with (
-        replaced_path(folder / PREDICTIONS) as path,
-        path.open("w", encoding="utf-8") as file,
-        progress_bar(task.name, len(questions)) as advance,
-    ):
+) -> dict[str, TaskScore]:
+    """Answer and score one set, and write its predictions and its routing."""
+    model = loaded.model
+    is_routed = bool(moe_layers(model)) or model.config.expert_settings is not None
+    collector = RoutingCollector(model, loaded.processor) if is_routed else None
+    predictions: list[str] = []
+    with progress_bar(task.name, len(questions)) as advance:
         for start in range(0, len(questions), BATCHES_AT_ONCE * batch_size):
             window = questions[start : start + BATCHES_AT_ONCE * batch_size]
             answered = _answer(loaded, task, window, batch_size=batch_size, advance=advance)
-            for question, item in zip(window, answered, strict=True):
-                outcomes.append(Outcome(question.task, item.prediction, question.truth))
-                _write_prediction(file, question, item.prediction)
+            predictions += [item.prediction for item in answered]
             if collector is not None:
                 collector.update(answered, batch_size=batch_size)
+    outcomes = [Outcome(one.task, text, one.truth) for one, text in zip(questions, predictions, strict=True)]
+    found = score_set(outcomes, task.metric)
+    with replaced_path(folder / PREDICTIONS) as path, path.open("w", encoding="utf-8") as file:
+        for question, text, credit in zip(questions, predictions, found.credits, strict=True):
+            file.write(json.dumps(_prediction(question, text, credit), ensure_ascii=False) + "\n")
     _write_routing(folder, collector)
-    return outcomes
+    return found.by_task
 
 
 def _answer(
@@ -130,13 +137,14 @@ def _prepare(loaded: LoadedRun, question: Question) -> Answered:
     images = question.load_images()
     mask = question.load_mask(images)
     with question.faults():
-        prompt = loaded.builder.prompt(question.turns, images)
+        prompt = loaded.builder.prompt(question.turns, images, connector_words=question.connector_words)
     processor = loaded.processor
     foreground: ForegroundByImage = [None] * len(images)
-    if mask is not None:
+    if mask is not None and has_patch_tokens(loaded.model.config):
         foreground = [foreground_of(mask, processor.image_processor, patch_size=processor.patch_size)]
     return Answered(
         key=question.key,
+        task=question.task,
         question=question.text,
         answer=question.answer,
         prediction="",
@@ -145,32 +153,32 @@ def _prepare(loaded: LoadedRun, question: Question) -> Answered:
     )
 
 
-def _write_prediction(file: TextIO, question: Question, prediction: str) -> None:
-    """`correct` is true from half of the credit on; a metric with credit in between adds `credit` itself."""
+def _prediction(question: Question, prediction: str, credit: float) -> dict[str, object]:
+    """A line of predictions.jsonl."""
     image = question.image_path()
-    metric = METRICS[question.metric]
-    credit = metric.credit(prediction, question.truth)
-    record: dict[str, object] = {
+    return {
         "key": question.key,
         "task": question.task,
         "image": None if image is None else str(image),
         "question": question.text,
         "prediction": prediction,
         "answer": question.answer,
-        "correct": credit >= 0.5,
+        **METRICS[question.metric].verdict(credit),
     }
-    if metric.is_soft:
-        record["credit"] = credit
-    file.write(json.dumps(record, ensure_ascii=False) + "\n")
 
 
 def _write_routing(folder: Path, collector: RoutingCollector | None) -> None:
     """Of a dense model there is none; files of an earlier evaluation go then, since they tell of another model."""
     if collector is None:
-        for name in (ROUTING, EXAMPLES):
+        for name in (ROUTING, EXAMPLES, PATHS):
             (folder / name).unlink(missing_ok=True)
         return
     with replaced_path(folder / ROUTING) as path:
         collector.statistics.to_npz(path)
     with replaced_path(folder / EXAMPLES) as path:
         collector.examples.to_npz(path)
+    if not len(collector.paths):
+        (folder / PATHS).unlink(missing_ok=True)
+        return
+    with replaced_path(folder / PATHS) as path:
+        collector.paths.save(path)

@@ -18,11 +18,12 @@ _KEYS: dict[str, tuple[str, ...]] = {
     "vqa": ("answers",),
     "yes_no": ("category",),
     "mme": ("category",),
+    "cider": ("references",),
 }
 
 
-def read_truth(raw: Mapping[str, Any], record: Record, metric: str) -> Truth:
-    """The record's part of the comparison. raw: the object that `record` was parsed from.
+def read_truth(facts: Mapping[str, Any], record: Record, metric: str) -> Truth:
+    """The record's part of the comparison. facts: what its file says beside (`Source.facts`).
 
     Raises:
         RecordFault: a key of the metric is of another kind, or the metric cannot score by it.
@@ -30,11 +31,12 @@ def read_truth(raw: Mapping[str, Any], record: Record, metric: str) -> Truth:
     keys = _KEYS[metric]
     truth = Truth(
         answer=record.turns[-1].text,
-        answers=_texts(raw, "answers") if "answers" in keys else (),
-        options=_texts(raw, "options") if "options" in keys else (),
-        group=_text(raw, "group") if "group" in keys else None,
-        category=_text(raw, "category") if "category" in keys else None,
+        answers=_texts(facts, "answers") if "answers" in keys else (),
+        options=_texts(facts, "options") if "options" in keys else (),
+        group=_text(facts, "group") if "group" in keys else None,
+        category=_text(facts, "category") if "category" in keys else None,
         image=record.images[0] if record.images else None,
+        references=_texts(facts, "references") if "references" in keys else (),
     )
     try:
         METRICS[metric].check(truth)
@@ -43,15 +45,15 @@ def read_truth(raw: Mapping[str, Any], record: Record, metric: str) -> Truth:
     return truth
 
 
-def _text(raw: Mapping[str, Any], key: str) -> str | None:
-    value = raw.get(key)
+def _text(facts: Mapping[str, Any], key: str) -> str | None:
+    value = facts.get(key)
     if value is not None and not (isinstance(value, str) and value):
         raise RecordFault(f"{key} is {value!r}; allowed: a string with at least one character")
     return value
 
 
-def _texts(raw: Mapping[str, Any], key: str) -> tuple[str, ...]:
-    value = raw.get(key)
+def _texts(facts: Mapping[str, Any], key: str) -> tuple[str, ...]:
+    value = facts.get(key)
     if value is None:
         return ()
     if not isinstance(value, list) or not all(isinstance(item, str) for item in value):

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from accelerate import init_empty_weights
@@ -16,19 +16,26 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     LlavaForConditionalGeneration,
-    LlavaProcessor,
     PreTrainedConfig,
     PreTrainedModel,
 )
 from transformers.models.llava.modeling_llava import LlavaMultiModalProjector
 from transformers.utils import is_flash_attn_2_available
 
-from moe_lvlm.config.recipe import ModelSettings, PartSettings
+from moe_lvlm.checkpoint.source import WeightSource, open_source
+from moe_lvlm.config.connector import MLPConnectorSettings, PartSettings, QFormerConnectorSettings
+from moe_lvlm.config.recipe import ModelSettings
 from moe_lvlm.data.packs import resolve
+from moe_lvlm.models.blip import blip_config, is_blip, open_blip
 from moe_lvlm.models.config import MoELlavaConfig
+from moe_lvlm.models.instructblip import MoEInstructBlipForConditionalGeneration
+from moe_lvlm.models.instructblip_config import MoEInstructBlipConfig, VLMConfig
 from moe_lvlm.models.llava import MoELlavaForConditionalGeneration
-from moe_lvlm.models.processor import build_processor, image_size, num_image_tokens
+from moe_lvlm.models.processor import Processor, build_processor, image_size, num_image_tokens, with_qformer
+from moe_lvlm.models.qformer import load_qformer, qformer_fields
 from moe_lvlm.models.upcycle import as_moe_llava
+
+VLM: TypeAlias = MoELlavaForConditionalGeneration | MoEInstructBlipForConditionalGeneration
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +51,8 @@ def choose_attention(wanted: str) -> str:
     return wanted
 
 
-def build_config(settings: ModelSettings) -> tuple[MoELlavaConfig, LlavaProcessor]:
-    """The dense model's configuration and its processor; reads no weight.
+def build_config(settings: ModelSettings) -> tuple[MoELlavaConfig, Processor]:
+    """The configuration of a model made of parts, its language model dense, and its processor; reads no weight.
 
     Raises:
         ValueError: parts that are not supported, or do not fit each other.
@@ -54,7 +61,17 @@ def build_config(settings: ModelSettings) -> tuple[MoELlavaConfig, LlavaProcesso
     vision = _part_config(settings.vision_tower, settings)
     vision = getattr(vision, "vision_config", vision)  # a whole CLIP or SigLIP: its tower
     text = _part_config(settings.language_model, settings)
-    processor = build_processor(settings, vision)
+    processor: Processor = build_processor(settings, vision)
+    connector: dict[str, Any] = {}
+    if isinstance(settings.connector, QFormerConnectorSettings):
+        connector = qformer_fields(settings.connector, vision_width=vision.hidden_size)
+        processor = with_qformer(processor, settings.connector, num_queries=connector["num_query_tokens"])
+        _check_words(processor, connector["qformer"])
+    elif isinstance(settings.connector, MLPConnectorSettings):
+        connector = {
+            "projector_hidden_act": settings.connector.activation,
+            "multimodal_projector_bias": settings.connector.bias,
+        }
     vocab_size = len(processor.tokenizer)
     if vocab_size > text.vocab_size:
         text.vocab_size = -(-vocab_size // 64) * 64
@@ -63,17 +80,25 @@ def build_config(settings: ModelSettings) -> tuple[MoELlavaConfig, LlavaProcesso
         text_config=text,
         image_token_index=processor.image_token_id,
         image_seq_length=num_image_tokens(processor, *image_size(vision)),
-        projector_hidden_act=settings.connector.activation,
-        multimodal_projector_bias=settings.connector.bias,
         vision_feature_layer=settings.vision_tower.feature_layer,
         vision_feature_select_strategy=settings.vision_tower.feature_select,
         tie_word_embeddings=bool(getattr(text, "tie_word_embeddings", False)),
         language_head_bias=text.model_type in HEAD_BIAS,
+        **connector,
     )
     config.pad_token_id = processor.tokenizer.pad_token_id
     config.bos_token_id = processor.tokenizer.bos_token_id
     config.eos_token_id = processor.tokenizer.eos_token_id
     return config, processor
+
+
+def _check_words(processor: Processor, qformer: Mapping[str, Any]) -> None:
+    words = len(processor.qformer_tokenizer)
+    if words > qformer["vocab_size"]:
+        raise ValueError(
+            f"model.connector.tokenizer: {words} tokens, but the Q-Former embeds {qformer['vocab_size']} (vocab_size); "
+            "allowed: as many or fewer"
+        )
 
 
 def _part_config(part: PartSettings, settings: ModelSettings) -> PreTrainedConfig:
@@ -88,8 +113,8 @@ def _part_config(part: PartSettings, settings: ModelSettings) -> PreTrainedConfi
 
 @dataclass(frozen=True, slots=True)
 class NewWeights:
-    """What no pretrained part brings, float32. projector: by its own parameter names. embedding_rows, head_rows: of the
-    tokens that the language model did not know, [new tokens, D]."""
+    """What no pretrained part brings, float32. projector: by its own parameter names; empty where a Q-Former stands in
+    its place. embedding_rows, head_rows: of the tokens that the language model did not know, [new tokens, D]."""
 
     projector: Mapping[str, Tensor]
     embedding_rows: Tensor
@@ -99,9 +124,9 @@ class NewWeights:
 def draw_new_weights(config: MoELlavaConfig, *, num_new_tokens: int) -> NewWeights:
     """Draw them from torch's generator: the projector as torch initialises linear layers, rows from N(0, s) with the
     language model's own s. It comes before all else that a seed decides, so that a conversion draws the same."""
-    with init_empty_weights():
-        projector = LlavaMultiModalProjector(config)
     drawn: dict[str, Tensor] = {}
+    with init_empty_weights():
+        projector = nn.Module() if config.qformer is not None else LlavaMultiModalProjector(config)
     for name, linear in projector.named_children():
         if isinstance(linear, nn.Linear):
             new = nn.Linear(linear.in_features, linear.out_features, bias=linear.bias is not None)
@@ -121,8 +146,8 @@ def num_new_tokens(settings: ModelSettings, config: MoELlavaConfig) -> int:
 
 def build_dense(
     settings: ModelSettings, *, seed: int, dtype: torch.dtype = torch.float32
-) -> tuple[MoELlavaForConditionalGeneration, LlavaProcessor]:
-    """Tower and language model as the settings give them, and a new projector; everything new is drawn from `seed`.
+) -> tuple[MoELlavaForConditionalGeneration, Processor]:
+    """Tower and language model as the settings give them, and a connector; everything new is drawn from `seed`.
 
     Memory: each pretrained part is read once, tensor by tensor, into its place.
     """
@@ -136,6 +161,8 @@ def build_dense(
         language = _build_language_model(settings.language_model, settings, config.text_config, dtype, new)
         with init_empty_weights(include_buffers=True):
             model = MoELlavaForConditionalGeneration(config)
+        if isinstance(settings.connector, QFormerConnectorSettings):
+            model.model.connector = load_qformer(settings.connector, config, dtype=dtype)
     model.model.multi_modal_projector.load_state_dict(new.projector, assign=True)
     model.model.multi_modal_projector.to(dtype)
     model.take_parts(tower=tower, language_model=language.base_model, head=language.get_output_embeddings())
@@ -197,16 +224,18 @@ def _set_new_rows(language: PreTrainedModel, new: NewWeights) -> None:
         head[first:] = new.head_rows.to(head.dtype)
 
 
-def _set_generation_tokens(model: MoELlavaForConditionalGeneration, processor: LlavaProcessor) -> None:
+def _set_generation_tokens(model: MoELlavaForConditionalGeneration, processor: Processor) -> None:
     tokenizer = processor.tokenizer
     model.generation_config.pad_token_id = tokenizer.pad_token_id
     model.generation_config.bos_token_id = tokenizer.bos_token_id
     model.generation_config.eos_token_id = tokenizer.eos_token_id
 
 
-def build_empty(config: MoELlavaConfig) -> MoELlavaForConditionalGeneration:
+def build_empty(config: VLMConfig) -> VLM:
     """The model on meta tensors (non-persistent buffers real), to be filled by `load_weights`."""
     with init_empty_weights(include_buffers=False):
+        if isinstance(config, MoEInstructBlipConfig):
+            return MoEInstructBlipForConditionalGeneration(config)
         return MoELlavaForConditionalGeneration(config)
 
 
@@ -238,15 +267,42 @@ def load_plain_llava(
     return as_moe_llava(model)
 
 
-def config_of(path: str | Path) -> MoELlavaConfig:
-    """The configuration saved in a model's or a checkpoint's folder.
+def config_of(path: str | Path, *, text_from: str | None = None) -> VLMConfig:
+    """The configuration saved in a model's or a checkpoint's folder, as ours.
+
+    text_from: of a BLIP-2, see `QFormerConnectorSettings`.
 
     Raises:
-        ValueError: not a LLaVA-layout model.
+        ValueError: neither a LLaVA nor an InstructBLIP or BLIP-2.
     """
     config = AutoConfig.from_pretrained(path)
+    if is_blip(config):
+        return blip_config(config, Path(path), text_from=text_from)
     if config.model_type == "llava":
         config = MoELlavaConfig.from_dict(config.to_dict() | {"model_type": MoELlavaConfig.model_type})
-    if not isinstance(config, MoELlavaConfig):
-        raise ValueError(f"{path}: model_type {config.model_type!r}; allowed: llava, {MoELlavaConfig.model_type}")
+    if not isinstance(config, MoELlavaConfig | MoEInstructBlipConfig):
+        raise ValueError(
+            f"{path}: model_type {config.model_type!r}; allowed: llava, instructblip, blip-2, "
+            f"{MoELlavaConfig.model_type}, {MoEInstructBlipConfig.model_type}"
+        )
     return config
+
+
+def llava_config_of(path: str | Path) -> MoELlavaConfig:
+    """The same for what handles LLaVA with its projector only.
+
+    Raises:
+        ValueError: any other model.
+    """
+    config = config_of(path)
+    if not isinstance(config, MoELlavaConfig) or config.qformer is not None:
+        kind = config.model_type if config.qformer_config is None else f"{config.model_type} with a Q-Former"
+        raise ValueError(f"{path}: {kind}; allowed here: a LLaVA with its projector (connector kind mlp)")
+    return config
+
+
+def open_weights(path: Path, *, text_from: str | None = None) -> WeightSource:
+    """The weights of a folder that `config_of` knows, under our names."""
+    if is_blip(AutoConfig.from_pretrained(path)):
+        return open_blip(path, text_from=text_from)
+    return open_source(path)

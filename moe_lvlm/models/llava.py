@@ -5,18 +5,29 @@ B batch   S sequence   D model width   I images   C channels
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForImageTextToText, LlavaForConditionalGeneration, LlavaModel
+from transformers import (
+    AutoModelForImageTextToText,
+    InstructBlipQFormerModel,
+    LlavaForConditionalGeneration,
+    LlavaModel,
+    PreTrainedModel,
+)
 from transformers.cache_utils import Cache
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaPreTrainedModel
 from transformers.utils import can_return_tuple
 
+from moe_lvlm.connectors.connector import ConnectorInputs, QFormerConnector
+from moe_lvlm.connectors.upcycle import upcycle_qformer
 from moe_lvlm.models.config import MoELlavaConfig
+from moe_lvlm.models.connectors import blank_inputs, connector_inputs, connector_loss
 from moe_lvlm.models.context import derive_context
+from moe_lvlm.models.language_loss import language_loss
 from moe_lvlm.moe.experts import Experts
 from moe_lvlm.moe.upcycle import upcycle_decoder
 from moe_lvlm.routing.gates import Gate
@@ -24,13 +35,16 @@ from moe_lvlm.routing.losses import auxiliary_loss
 from moe_lvlm.routing.trace import RoutingTrace
 from moe_lvlm.routing.types import RoutingContext, RoutingDecision, Site
 
+# Which of the tower's features are used, where it is not as the configuration says.
+_FEATURE_KEYS = ("vision_feature_layer", "vision_feature_select_strategy")
+
 
 @dataclass
 class MoELlavaOutput(LlavaCausalLMOutputWithPast):
     """LLaVA's output, and:
 
-    loss: language_loss plus balance_loss. language_loss, balance_loss (all auxiliary losses of the routers): scalars,
-    None where there is none.
+    loss: language_loss plus balance_loss. language_loss, balance_loss (all auxiliary losses of routers, the connector's
+    among them): scalars, None where there is none.
     routing: the trace of all routing decisions, if it was asked for.
     prompt_routing: decisions for whole samples, which a call that goes on from this one's cache takes over; None where
     there are none.
@@ -43,9 +57,27 @@ class MoELlavaOutput(LlavaCausalLMOutputWithPast):
 
 
 class MoELlavaModel(LlavaModel):
-    """LLaVA without the head. In training its parts run in the same order whatever the batch holds."""
+    """LLaVA without the head. In training its parts run in the same order whatever the batch holds.
+
+    connector: a Q-Former between the tower's features and the language model, in the place of LLaVA's projector; None
+    where there is the projector.
+    """
 
     config: MoELlavaConfig
+
+    def __init__(self, config: MoELlavaConfig) -> None:
+        super().__init__(config)
+        self.connector: QFormerConnector | None = None
+        if (qformer_config := config.qformer_config) is not None:
+            qformer_config.encoder_hidden_size = config.vision_config.hidden_size
+            qformer = InstructBlipQFormerModel._from_config(qformer_config)
+            if (settings := config.expert_settings) is not None:
+                qformer = upcycle_qformer(qformer, settings)
+            # What LLaVA's code does with a projector leaves the features as they are.
+            self.multi_modal_projector = nn.Identity()
+            self.connector = QFormerConnector(
+                qformer, num_queries=config.num_query_tokens, language_width=config.text_config.hidden_size
+            )
 
     def forward(
         self,
@@ -53,19 +85,31 @@ class MoELlavaModel(LlavaModel):
         pixel_values: Tensor | None = None,
         inputs_embeds: Tensor | None = None,
         mm_encoder_outputs: dict[str, Any] | None = None,
+        qformer_input_ids: Tensor | None = None,
+        qformer_attention_mask: Tensor | None = None,
+        routing_trace: RoutingTrace | None = None,
         **kwargs: Any,
     ) -> Any:
-        """As LlavaModel.forward. In training, a batch without an image runs the tower and the projector on a blank
+        """As LlavaModel.forward. In training, a batch without an image runs the tower and the connector on a blank
         one and adds it times 0: ranks whose batches differ in this must call the same modules in the same order, or
         ZeRO's buckets and gathers no longer match, and the language model's input must need a gradient on all."""
+        if pixel_values is not None and self.connector is not None:
+            inputs = connector_inputs(
+                qformer_input_ids, qformer_attention_mask, num_images=pixel_values.shape[0], trace=routing_trace
+            )
+            layers = {name: kwargs[name] for name in _FEATURE_KEYS if name in kwargs}
+            mm_encoder_outputs = {"image": self.get_image_features(pixel_values, inputs=inputs, **layers)}
+            pixel_values = None
         has_images = pixel_values is not None or bool(mm_encoder_outputs)
         if self.training and not has_images and input_ids is not None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-            features = self.get_image_features(
-                pixel_values=self._blank_image(like=inputs_embeds), return_dict=True
-            ).pooler_output
-            inputs_embeds = inputs_embeds + 0 * torch.cat(features, dim=0).mean().to(inputs_embeds.dtype)
+            blank = self.get_image_features(
+                self._blank_image(like=inputs_embeds), inputs=blank_inputs(routing_trace, inputs_embeds.device)
+            )
+            inputs_embeds = inputs_embeds + 0 * torch.cat(blank.pooler_output, dim=0).mean().to(inputs_embeds.dtype)
             input_ids = None
+        if routing_trace is not None:
+            kwargs["routing_trace"] = routing_trace
         return super().forward(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -73,6 +117,39 @@ class MoELlavaModel(LlavaModel):
             mm_encoder_outputs=mm_encoder_outputs,
             **kwargs,
         )
+
+    def get_image_features(
+        self,
+        pixel_values: Tensor,
+        vision_feature_layer: int | list[int] | None = None,
+        vision_feature_select_strategy: str | None = None,
+        image_sizes: Tensor | None = None,
+        qformer_input_ids: Tensor | None = None,
+        qformer_attention_mask: Tensor | None = None,
+        inputs: ConnectorInputs | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The tower's output, with each image's visual tokens as `pooler_output`, a list of [tokens, D].
+
+        A Q-Former connector reads `inputs`, or the words alone; `generate` hands in the latter by their names.
+
+        Raises:
+            ValueError: a Q-Former without words.
+        """
+        output = super().get_image_features(
+            pixel_values=pixel_values,
+            vision_feature_layer=vision_feature_layer,
+            vision_feature_select_strategy=vision_feature_select_strategy,
+            image_sizes=image_sizes,
+            **kwargs | {"return_dict": True},
+        )
+        if self.connector is not None:
+            if inputs is None:
+                inputs = connector_inputs(
+                    qformer_input_ids, qformer_attention_mask, num_images=pixel_values.shape[0], trace=None
+                )
+            output.pooler_output = list(self.connector(torch.stack(output.pooler_output), inputs))
+        return output
 
     def _blank_image(self, *, like: Tensor) -> Tensor:
         """[1, C, H, W] of zeros, of the size that the tower was made for, in the type and on the device of `like`.
@@ -139,6 +216,8 @@ class MoELlavaForConditionalGeneration(LlavaForConditionalGeneration):
         instruction_mask: Tensor | None = None,
         cluster_ids: Tensor | None = None,
         prompt_routing: dict[Site, RoutingDecision] | None = None,
+        qformer_input_ids: Tensor | None = None,
+        qformer_attention_mask: Tensor | None = None,
         num_items_in_batch: Tensor | None = None,
         **kwargs: Any,
     ) -> MoELlavaOutput:
@@ -148,12 +227,15 @@ class MoELlavaForConditionalGeneration(LlavaForConditionalGeneration):
         routing: facts about the tokens, derived if absent. output_routing: give the trace back.
         instruction_mask: [B, S of the prompt], 1 at the user's words, and cluster_ids: [B], for routers that want to
         know, where no `routing` is given. prompt_routing: of an earlier call from whose cache this one goes on.
+        qformer_input_ids, qformer_attention_mask: [I, words], what a Q-Former connector reads beside each image.
         num_items_in_batch: divisor of the summed token losses; None means the supervised tokens of this call.
 
         Raises:
-            ValueError: a sparse model got inputs_embeds without a routing context.
+            ValueError: a sparse model got inputs_embeds without a routing context, or a Q-Former images without words.
         """
-        if routing is None and self.config.moe is not None:
+        # A model without experts routes nothing.
+        is_routed = self.config.moe is not None or self.config.experts is not None
+        if routing is None and is_routed:
             if input_ids is None:
                 raise ValueError("a sparse model needs input_ids, or a routing context beside inputs_embeds")
             routing = derive_context(
@@ -166,10 +248,11 @@ class MoELlavaForConditionalGeneration(LlavaForConditionalGeneration):
                 cluster_ids=cluster_ids,
                 prompt=prompt_routing,
             )
-        # A dense model routes nothing.
-        trace = None if routing is None or self.config.moe is None else RoutingTrace(routing)
+        trace = None if routing is None or not is_routed else RoutingTrace(routing)
         if trace is not None:
             kwargs |= {"routing": trace.context, "routing_trace": trace}
+        if self.config.qformer is not None:
+            kwargs |= {"qformer_input_ids": qformer_input_ids, "qformer_attention_mask": qformer_attention_mask}
         output = super().forward(
             input_ids=input_ids,
             pixel_values=pixel_values,
@@ -185,13 +268,17 @@ class MoELlavaForConditionalGeneration(LlavaForConditionalGeneration):
             return_dict=True,
             **kwargs,
         )
-        loss = language_loss = balance_loss = None
+        loss = token_loss = balance = None
         if labels is not None:
-            loss = language_loss = self._language_loss(output.logits, labels, num_items_in_batch)
-            if trace is not None and self.config.moe_config is not None:
-                balance_loss = auxiliary_loss(trace, self.config.moe_config)
-            if balance_loss is not None:
-                loss = language_loss + balance_loss
+            loss = token_loss = language_loss(
+                output.logits,
+                labels,
+                vocab_size=self.config.text_config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+            )
+            balance = self._balance_loss(trace)
+            if balance is not None:
+                loss = token_loss + balance
         return MoELlavaOutput(
             loss=loss,
             logits=output.logits,
@@ -199,8 +286,8 @@ class MoELlavaForConditionalGeneration(LlavaForConditionalGeneration):
             hidden_states=output.hidden_states,
             attentions=output.attentions,
             image_hidden_states=output.image_hidden_states,
-            language_loss=language_loss,
-            balance_loss=balance_loss,
+            language_loss=token_loss,
+            balance_loss=balance,
             routing=trace if output_routing else None,
             prompt_routing=None if trace is None or output.past_key_values is None else _of_whole_samples(trace),
         )
@@ -214,16 +301,23 @@ class MoELlavaForConditionalGeneration(LlavaForConditionalGeneration):
             updated["prompt_routing"] = outputs.prompt_routing
         return updated
 
-    def _language_loss(self, logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | None) -> Tensor:
-        """Cross entropy of the next token over the supervised positions; 0 where there is none, never NaN."""
-        if num_items_in_batch is None:
-            num_items_in_batch = (labels[:, 1:] != -100).sum().clamp_min(1)
-        return self.loss_function(
-            logits=logits,
-            labels=labels,
-            vocab_size=self.config.text_config.vocab_size,
-            num_items_in_batch=num_items_in_batch,
-        )
+    def checkpointed_modules(self) -> Iterator[PreTrainedModel]:
+        """What gradient checkpointing is for: the parts that gradients pass."""
+        if self.model.connector is not None:
+            yield self.model.connector.qformer
+        yield self.model.language_model
+
+    def _balance_loss(self, trace: RoutingTrace | None) -> Tensor | None:
+        """All auxiliary losses, each times its coefficient; None where nothing is routed."""
+        if trace is None:
+            return None
+        losses = []
+        if (moe := self.config.moe_config) is not None:
+            losses.append(auxiliary_loss(trace, moe))
+        if self.model.connector is not None:
+            losses.append(connector_loss(trace, self.model.connector.qformer, self.config.expert_settings))
+        found = [loss for loss in losses if loss is not None]
+        return torch.stack([loss.to(found[0].device) for loss in found]).sum() if found else None
 
 
 def _of_whole_samples(trace: RoutingTrace) -> dict[Site, RoutingDecision] | None:

@@ -12,6 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from moe_lvlm.connectors.routers import ConnectorRouter
+from moe_lvlm.connectors.task_experts import TaskExpertsLayer
+from moe_lvlm.connectors.upcycle import dense_name
 from moe_lvlm.moe.decoder import FAMILIES, MoEDecoderLayer
 from moe_lvlm.moe.ffn import FFNLayout, cut_experts
 from moe_lvlm.moe.layer import MoELayer
@@ -48,7 +51,7 @@ def ffn_layout(layer: MoEDecoderLayer) -> FFNLayout:
     return next(family.ffn for family in FAMILIES if family.moe is type(layer))
 
 
-def draw_router(router: Router, seed: int) -> None:
+def draw_router(router: Router | ConnectorRouter, seed: int) -> None:
     """Draw a router's parameters anew from a seed, as all upcycling from files does; the global generator stays as it is.
 
     seed: the model's router seed plus the layer's index.
@@ -81,6 +84,31 @@ def load_weights(
     model.tie_weights()
 
 
+def fill_from(module: nn.Module, source: WeightSource, *, keep: tuple[str, ...] = ()) -> None:
+    """Fill a part of a model from the tensors of the same names in a source that may hold more.
+
+    keep: beginnings of names that stay as they are.
+
+    Raises:
+        ValueError: a tensor that is missing, or has another shape.
+    """
+    available = frozenset(source.names())
+    for owner, child in module.named_modules():
+        prefix = f"{owner}." if owner else ""
+        for leaf, parameter in list(child.named_parameters(recurse=False)):
+            name = f"{prefix}{leaf}"
+            if name.startswith(keep):
+                continue
+            if name not in available:
+                raise ValueError(f"{name}: not among the {len(available)} tensors of the source")
+            data = source.read(name)
+            if data.shape != parameter.shape:
+                raise ValueError(
+                    f"{name}: shape {tuple(data.shape)} in the source; the model needs {tuple(parameter.shape)}"
+                )
+            replace_parameter(child, leaf, data.clone())
+
+
 class _Reader:
     """One filling of one model; keeps account of what was read."""
 
@@ -110,6 +138,20 @@ class _Reader:
         for name, layer in self.model.named_modules():
             if isinstance(layer, MoEDecoderLayer) and f"{name}.mlp.experts.w1" not in self.available:
                 self._upcycle(f"{name}.mlp.", layer.mlp, ffn_layout(layer), router_seed)
+            elif isinstance(layer, TaskExpertsLayer) and not self._has_any(f"{name}.experts."):
+                self._copy_query_ffn(f"{name}.", layer, router_seed)
+
+    def _has_any(self, prefix: str) -> bool:
+        return any(name.startswith(prefix) for name in self.available)
+
+    def _copy_query_ffn(self, prefix: str, layer: TaskExpertsLayer, router_seed: int) -> None:
+        """Experts that begin as the query FFN of a plain Q-Former's layer."""
+        for owner, module in list(layer.named_modules()):
+            for leaf, _ in list(module.named_parameters(recurse=False)):
+                name = f"{prefix}{owner}.{leaf}"
+                if (dense := dense_name(name)) is not None:
+                    self._set(f"{prefix}{owner}.", module, leaf, self._read(dense))
+        self._start_router(prefix, layer.router, router_seed + layer.layer_idx)
 
     def _upcycle(self, prefix: str, moe: MoELayer, layout: FFNLayout, router_seed: int) -> None:
         num_experts = moe.router.num_experts
@@ -137,7 +179,7 @@ class _Reader:
                 )
         self._start_router(prefix, moe.router, router_seed + moe.site.layer)
 
-    def _start_router(self, prefix: str, router: Router, seed: int) -> None:
+    def _start_router(self, prefix: str, router: Router | ConnectorRouter, seed: int) -> None:
         for name, module in router.named_modules():
             for leaf, parameter in list(module.named_parameters(recurse=False)):
                 replace_parameter(module, leaf, torch.empty(parameter.shape, device=self.device))

@@ -12,9 +12,7 @@ from moe_lvlm.moe.experts import Experts
 from moe_lvlm.moe.ffn import copy_dense_into, ffn_shape
 from moe_lvlm.moe.layer import MoELayer
 from moe_lvlm.routing.build import build_router
-from moe_lvlm.routing.types import Site
-
-LANGUAGE_MODEL = "language_model"
+from moe_lvlm.routing.types import LANGUAGE_MODEL, Site
 
 
 def build_moe_layer(

@@ -30,6 +30,7 @@ from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from moe_lvlm.config.deepspeed import DEEPSPEED_VERSION
+from moe_lvlm.connectors.qmoe import QMoEModel
 from moe_lvlm.moe.dispatch import AllToAllDispatcher
 from moe_lvlm.moe.layer import MoELayer
 from moe_lvlm.moe.types import ExpertSlice
@@ -116,7 +117,8 @@ def bind_expert_parallel(model: nn.Module, expert_parallel_size: int, *, zero_st
 
     The child that is a MoELayer is replaced by its expert-parallel form, before DeepSpeed sees the model and before
     an optimizer exists; what is trained (`requires_grad`) must be decided. Size 1 changes nothing: experts are then
-    ordinary replicated parameters. The routers' global statistics are summed over all ranks in either case.
+    ordinary replicated parameters. Global statistics of routers, and the importance of a connector's experts, are
+    summed over all ranks in either case.
 
     zero_stage: of the engine to come.
 
@@ -138,6 +140,9 @@ def bind_expert_parallel(model: nn.Module, expert_parallel_size: int, *, zero_st
                 f"{layer.router.num_experts} experts of {name}"
             )
         layer.router.sum_over_ranks = _sum_over_world
+    for module in model.modules():
+        if isinstance(module, QMoEModel):
+            module.sum_over_ranks = sum_with_gradient
     if expert_parallel_size == 1:
         return
     group_name = f"ep_size_{expert_parallel_size}"
@@ -168,4 +173,26 @@ def _mark(parameter: nn.Parameter, **marks: Any) -> None:
 def _sum_over_world(x: Tensor) -> Tensor:
     total = x.detach().clone()
     torch.distributed.all_reduce(total)
+    return total
+
+
+class _SumWithGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.detach().clone()
+        torch.distributed.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient * torch.distributed.get_world_size()
+
+
+def sum_with_gradient(x: Tensor) -> Tensor:
+    """The sum over all ranks, differentiable, for a loss that every rank computes from it alike.
+
+    The gradient of all ranks' losses together is then the world size times that of one, and no exchange is needed for
+    it; the mean over ranks that data parallelism takes gives back the gradient of the one loss.
+    """
+    total: Tensor = _SumWithGradient.apply(x)
     return total

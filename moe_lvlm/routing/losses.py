@@ -13,7 +13,7 @@ from torch import Tensor
 from moe_lvlm.config.moe import BalanceSettings, ModalityGroupRouterSettings, MoEConfig, TaskRouterSettings
 from moe_lvlm.routing.task import task_loss
 from moe_lvlm.routing.trace import RoutingTrace
-from moe_lvlm.routing.types import Modality, RoutingContext, RoutingDecision
+from moe_lvlm.routing.types import CONNECTOR, Modality, RoutingContext, RoutingDecision
 
 
 def balance_loss(
@@ -94,10 +94,12 @@ def _group_balance(
 
 
 def auxiliary_loss(trace: RoutingTrace, config: MoEConfig) -> Tensor | None:
-    """The auxiliary losses of all MoE layers, summed; None if no layer made a decision."""
-    if not len(trace):
+    """The auxiliary losses of all MoE layers, summed; None if no layer made a decision. Connectors have losses of their
+    own (`connectors.importance`)."""
+    decisions = [decision for site, decision in trace.items() if site.part != CONNECTOR]
+    if not decisions:
         return None
     context = trace.context
     # layers may be spread over devices
-    losses = [layer_loss(decision, context.to(decision.probs_RE.device), config) for _, decision in trace.items()]
+    losses = [layer_loss(decision, context.to(decision.probs_RE.device), config) for decision in decisions]
     return torch.stack([loss.to(losses[0].device) for loss in losses]).sum()

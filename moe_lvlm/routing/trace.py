@@ -35,6 +35,10 @@ class RoutingTrace:
         """In the order in which the sites were passed."""
         yield from self._decisions.items()
 
+    def of(self, part: str) -> list[tuple[Site, RoutingDecision]]:
+        """Those of one part of the model, in the order in which its sites were passed."""
+        return [(site, decision) for site, decision in self._decisions.items() if site.part == part]
+
     def detach(self) -> RoutingTrace:
         """The same record outside the graph, for statistics after the backward pass."""
         detached = RoutingTrace(self.context)

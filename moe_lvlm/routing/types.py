@@ -1,7 +1,7 @@
 """What routers read and return.
 
 B batch   S sequence   N samples   T tokens (B x S, flattened once, in the MoE layer)   E experts
-R routed rows (tokens, or samples for sample-level routers)   K slots a row
+R routed rows (tokens, or samples or images for routers of that level)   K slots a row
 """
 
 from __future__ import annotations
@@ -13,6 +13,10 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+LANGUAGE_MODEL = "language_model"
+CONNECTOR = "connector"
+"""Parts of a `Site`: the language model, and what stands between it and the vision tower."""
 
 
 class Site(NamedTuple):
@@ -43,6 +47,8 @@ class RoutingContext:
     instruction_BS: bool, tokens of the user's turns, or None if not known.
     task_N: int64, task of each sample, -1 where it has none; or None if not known.
     cluster_N: int64, its instruction cluster; or None if not known.
+    draw_N: int64, a number of the draw that brought the sample, the same however draws are batched and spread over
+        processes: what is random about a sample is drawn from it (`connectors.noise`). None if not known.
     attention_BS: float32, how much the instruction attends to each token in the layer at hand, None where no router
         wants to know (LTDR's IAT). The one fact that differs between layers.
     prompt: what was decided for each sample at each site when its prompt was read; None unless this call goes on after
@@ -56,6 +62,7 @@ class RoutingContext:
     instruction_BS: Tensor | None = None
     task_N: Tensor | None = None
     cluster_N: Tensor | None = None
+    draw_N: Tensor | None = None
     attention_BS: Tensor | None = None
     prompt: Mapping[Site, RoutingDecision] | None = None
 
@@ -85,6 +92,7 @@ class RoutingContext:
             instruction_BS=move(self.instruction_BS),
             task_N=move(self.task_N),
             cluster_N=move(self.cluster_N),
+            draw_N=move(self.draw_N),
         )
 
     def count_samples(self) -> int:
@@ -114,7 +122,8 @@ class RoutingDecision(NamedTuple):
     expert_ids_RK: int64, best first. A slot that keep_RK leaves out carries no row and weight 0.
     weights_RK: float32, in the combination of expert outputs.
     keep_RK: bool; the number of kept slots may differ from row to row, and is 0 at padding.
-    level: what a row is: a token of the batch, or a sample, all of whose tokens go the same way.
+    level: what a row is: a token of the batch; a sample, all of whose tokens go the same way; or an image, whose visual
+        tokens do (decisions of a connector).
     dropped_RK: bool, slots that were chosen and left out for want of capacity; None where nothing is ever dropped.
     penalty: float32 scalar, an auxiliary loss of the router itself, coefficient and all; None if it has none.
     unrouted_D: float32, detached, sum of the hidden states of tokens that want an expert and take none; None where a
@@ -130,7 +139,7 @@ class RoutingDecision(NamedTuple):
     expert_ids_RK: Tensor
     weights_RK: Tensor
     keep_RK: Tensor
-    level: Literal["token", "sample"] = "token"
+    level: Literal["token", "sample", "image"] = "token"
     dropped_RK: Tensor | None = None
     penalty: Tensor | None = None
     unrouted_D: Tensor | None = None
@@ -161,8 +170,9 @@ class RoutingDecision(NamedTuple):
                     "a token-level decision needs one row a token"
                 )
             return self
-        is_token_T1 = (sample_T >= 0)[:, None]
-        row_T = sample_T.clamp(min=0).long()
+        owner_T = sample_T if self.level == "sample" else context.image_T
+        is_token_T1 = (owner_T >= 0)[:, None]
+        row_T = owner_T.clamp(min=0).long()
         first_K = torch.arange(self.expert_ids_RK.shape[1], device=sample_T.device)
         return self._replace(
             logits_RE=self.logits_RE[row_T] * is_token_T1,

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import LlavaProcessor
 
-from moe_lvlm.checkpoint.source import open_source
-from moe_lvlm.config.recipe import Recipe
+from moe_lvlm.config.connector import QFormerConnectorSettings
+from moe_lvlm.config.recipe import ModelSettings, Recipe
 from moe_lvlm.data.mixture import open_clusters
 from moe_lvlm.models.build import (
+    VLM,
     build_config,
     build_dense,
     build_empty,
@@ -18,12 +18,14 @@ from moe_lvlm.models.build import (
     config_of,
     is_plain_llava,
     load_plain_llava,
+    open_weights,
 )
 from moe_lvlm.models.clusters import start_clusters
 from moe_lvlm.models.config import MoELlavaConfig
-from moe_lvlm.models.llava import MoELlavaForConditionalGeneration
-from moe_lvlm.models.load import find_model
-from moe_lvlm.models.processor import load_processor
+from moe_lvlm.models.instructblip_config import VLMConfig
+from moe_lvlm.models.load import find_model, read_processor
+from moe_lvlm.models.processor import Processor
+from moe_lvlm.models.qformer import with_connector
 from moe_lvlm.models.upcycle import upcycle
 from moe_lvlm.models.weights import load_weights
 from moe_lvlm.parallel.expert_parallel import bind_expert_parallel
@@ -39,12 +41,13 @@ def is_sparse_at(recipe: Recipe, stage: int) -> bool:
 
 def build_stage_model(
     recipe: Recipe, stage: int, checkpoint: Path | None, *, zero_stage: int, device: torch.device
-) -> MoELlavaForConditionalGeneration:
+) -> VLM:
     """The model of a stage, what it trains chosen, with this rank's share of the experts.
 
     checkpoint: of the stage before, or of this one when it is resumed; None at the first stage. From a checkpoint or a
     whole model's folder the model is built on meta tensors and filled by ranges, experts cut from the dense FFNs where
-    the stage upcycles; from parts, or from transformers' own LLaVA, it is built whole first.
+    the stage upcycles, and out of a plain Q-Former's where the connector is a Q-MoE; from parts, or from transformers'
+    own LLaVA, it is built whole first.
     """
     folder = checkpoint
     if folder is None and recipe.model.from_pretrained is not None:
@@ -64,7 +67,7 @@ def build_stage_model(
         select_trainable(model, recipe.stages[stage].train)
         bind_expert_parallel(model, size, zero_stage=zero_stage)
         return model.to(device)
-    config = config_of(folder)
+    config = config_of(folder) if checkpoint is not None else _whole_config(recipe.model)
     begins = not _is_of_stage(recipe, stage, checkpoint)
     if begins:
         config = _begin_stage(recipe, stage, config)
@@ -72,28 +75,40 @@ def build_stage_model(
     model = build_empty(config)
     select_trainable(model, recipe.stages[stage].train)
     bind_expert_parallel(model, size, zero_stage=zero_stage)
-    load_weights(model, open_source(folder), device=device, dtype=dtype, router_seed=router_seed(recipe))
+    source = open_weights(folder, text_from=_text_from(recipe.model))
+    load_weights(model, source, device=device, dtype=dtype, router_seed=router_seed(recipe))
     if begins and recipe.stages[stage].upcycle:
         _start_clusters(model, recipe)
     return model
 
 
-def stage_config(recipe: Recipe, stage: int) -> MoELlavaConfig:
+def stage_config(recipe: Recipe, stage: int) -> VLMConfig:
     """The configuration of a stage's model, without reading a weight."""
-    if recipe.model.from_pretrained is not None:
-        config = config_of(find_model(recipe.model.from_pretrained)[0])
-    else:
-        config, _ = build_config(recipe.model)
+    config = build_config(recipe.model)[0] if recipe.model.from_pretrained is None else _whole_config(recipe.model)
     for index in range(stage + 1):
         config = _begin_stage(recipe, index, config)
     return config
 
 
-def run_processor(recipe: Recipe) -> LlavaProcessor:
+def run_processor(recipe: Recipe) -> Processor:
     """The processor of the run, the same in all stages."""
-    if recipe.model.from_pretrained is not None:
-        return load_processor(find_model(recipe.model.from_pretrained)[1])
-    return build_config(recipe.model)[1]
+    if recipe.model.from_pretrained is None:
+        return build_config(recipe.model)[1]
+    connector = recipe.model.connector
+    _whole_config(recipe.model)  # a model that cannot serve says why before its processor is missed
+    settings = connector if isinstance(connector, QFormerConnectorSettings) else None
+    return read_processor(find_model(recipe.model.from_pretrained)[1], settings)
+
+
+def _whole_config(settings: ModelSettings) -> VLMConfig:
+    """The configuration of the model in the folder `from_pretrained`, with the recipe's connector."""
+    assert settings.from_pretrained is not None
+    config = config_of(find_model(settings.from_pretrained)[0], text_from=_text_from(settings))
+    return with_connector(config, settings)
+
+
+def _text_from(settings: ModelSettings) -> str | None:
+    return settings.connector.text_from if isinstance(settings.connector, QFormerConnectorSettings) else None
 
 
 def router_seed(recipe: Recipe) -> int:
@@ -101,7 +116,7 @@ def router_seed(recipe: Recipe) -> int:
     return recipe.seed + 1
 
 
-def _start_clusters(model: MoELlavaForConditionalGeneration, recipe: Recipe) -> None:
+def _start_clusters(model: VLM, recipe: Recipe) -> None:
     """Give new cluster routers the centres of the recipe's table. The plan has refused a recipe without one."""
     if recipe.moe.router.kind == "cluster":
         table = open_clusters(recipe.data)
@@ -113,10 +128,15 @@ def _is_of_stage(recipe: Recipe, stage: int, checkpoint: Path | None) -> bool:
     return checkpoint is not None and checkpoint.name.rpartition("-")[0] == recipe.stages[stage].name
 
 
-def _begin_stage(recipe: Recipe, stage: int, config: MoELlavaConfig) -> MoELlavaConfig:
+def _begin_stage(recipe: Recipe, stage: int, config: VLMConfig) -> VLMConfig:
     """The configuration with which a stage trains, from that of the model it starts from."""
     if not recipe.stages[stage].upcycle:
         return config
+    if not isinstance(config, MoELlavaConfig):
+        raise ValueError(
+            f"stage {recipe.stages[stage].name}: upcycle: true, which makes a language model sparse; allowed in LLaVA only, "
+            f"this is {config.model_type}"
+        )
     if config.moe is not None:
         raise ValueError(
             f"stage {recipe.stages[stage].name}: upcycle: true, but the model it starts from is sparse already"

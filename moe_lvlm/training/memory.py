@@ -9,6 +9,19 @@ from torch import nn
 from moe_lvlm.models.weights import expert_slice
 from moe_lvlm.moe.experts import Experts
 
+# In LLaVA's names and in InstructBLIP's
+_PARTS = {
+    "model.vision_tower.": "vision tower",
+    "model.multi_modal_projector.": "connector",
+    "model.connector.": "connector",
+    "model.language_model.": "language model",
+    "vision_model.": "vision tower",
+    "query_tokens": "connector",
+    "qformer.": "connector",
+    "language_projection.": "connector",
+    "language_model.lm_head.": "language-model head",
+    "language_model.": "language model",
+}
 MASTER_AND_MOMENTS = 12  # bytes a trained parameter: float32 master, two float32 moments of AdamW
 
 
@@ -89,14 +102,11 @@ def _part(name: str, is_expert: bool) -> str:
         return "experts"
     if ".router." in name:
         return "routers"
+    if ".encoder.layer." in name and (".experts." in name or ".general." in name):
+        return "connector's experts"
     if ".shared_experts." in name:
         return "shared experts"
-    prefixes = {
-        "model.vision_tower.": "vision tower",
-        "model.multi_modal_projector.": "connector",
-        "model.language_model.": "language model",
-    }
-    return next((part for prefix, part in prefixes.items() if name.startswith(prefix)), "language-model head")
+    return next((part for prefix, part in _PARTS.items() if name.startswith(prefix)), "language-model head")
 
 
 def _ceil(count: int, divisor: int) -> int:

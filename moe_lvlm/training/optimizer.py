@@ -33,14 +33,15 @@ def parameter_groups(model: nn.Module, *, learning_rate: float, settings: Optimi
 def learning_rate_at(step: int, *, num_steps: int, peak: float, schedule: ScheduleSettings) -> float:
     """Learning rate of a step, 0 <= step < num_steps.
 
-    Warm-up is linear and reaches the peak at its last step; then cosine or linear down to `final_ratio` x peak, which
-    the step after the last one would have.
+    Warm-up is linear from `warmup_from`, which a step before the first would have, and reaches the peak at its last step;
+    then cosine or linear down to `final_ratio` x peak, which the step after the last one would have.
     """
     warmup = schedule.warmup_steps
     if warmup is None:
         warmup = math.ceil(schedule.warmup_ratio * num_steps)
     if step < warmup:
-        return peak * (step + 1) / warmup
+        # so summed that without `warmup_from` it is peak * (step + 1) / warmup to the bit
+        return schedule.warmup_from * (warmup - step - 1) / warmup + peak * (step + 1) / warmup
     progress = (step - warmup) / max(num_steps - warmup, 1)
     if schedule.kind == "constant":
         ratio = 1.0

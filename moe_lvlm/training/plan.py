@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import LlavaProcessor
-
 from moe_lvlm.config.deepspeed import resolve_deepspeed
 from moe_lvlm.config.moe import ClusterRouterSettings, MoEConfig
 from moe_lvlm.config.recipe import Recipe, StageSettings
@@ -15,7 +13,7 @@ from moe_lvlm.data.instructions import first_instruction
 from moe_lvlm.data.mixture import MixtureDataset, build_dataset, needed_data
 from moe_lvlm.models.build import build_empty
 from moe_lvlm.models.clusters import check_centres
-from moe_lvlm.models.processor import num_image_tokens
+from moe_lvlm.models.processor import Processor, num_image_tokens
 from moe_lvlm.training.build import stage_config
 from moe_lvlm.training.memory import ParameterGroup, parameter_table
 from moe_lvlm.training.trainable import select_trainable
@@ -49,7 +47,7 @@ def plan_stages(recipe: Recipe, *, world_size: int) -> list[StagePlan]:
     return plans
 
 
-def check_data(recipe: Recipe, processor: LlavaProcessor) -> None:
+def check_data(recipe: Recipe, processor: Processor) -> None:
     """Open every stage's files of records, so that a missing one shows now and not hours later.
 
     Raises:
@@ -58,7 +56,8 @@ def check_data(recipe: Recipe, processor: LlavaProcessor) -> None:
             drawn, but for their instructions if routers go by clusters.
     """
     for index, stage in enumerate(recipe.stages):
-        moe = stage_config(recipe, index).moe_config
+        config = stage_config(recipe, index)
+        moe = config.moe_config
         dataset, _ = build_dataset(
             needed_data(recipe.data, moe),
             stage.mixture or recipe.data.mixture,
@@ -66,6 +65,7 @@ def check_data(recipe: Recipe, processor: LlavaProcessor) -> None:
             processor,
             num_image_tokens,
             recipe.seed,
+            answers_apart=config.is_answer_apart,
         )
         if moe is not None and isinstance(moe.router, ClusterRouterSettings):
             _check_clusters(dataset, moe.router)

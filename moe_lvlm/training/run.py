@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from transformers import LlavaProcessor
 
 from moe_lvlm.checkpoint.background import CheckpointWriter
 from moe_lvlm.checkpoint.layout import STATE_FILE, read_json
 from moe_lvlm.checkpoint.ranks import GroupRanks, current_ranks
 from moe_lvlm.checkpoint.verify import newest_valid
 from moe_lvlm.config.recipe import Recipe
+from moe_lvlm.models.processor import Processor
 from moe_lvlm.parallel.process_group import World, join_world
 from moe_lvlm.training.build import run_processor
 from moe_lvlm.training.folder import CHECKPOINTS, DONE, PROCESSOR, prepare_folder, run_folder, write_facts
@@ -64,7 +64,7 @@ def train(recipe: Recipe, *, resume: bool = True) -> Path:
 
 
 def _prepare(
-    recipe: Recipe, processor: LlavaProcessor, *, resume: bool, world: World, held: ExitStack
+    recipe: Recipe, processor: Processor, *, resume: bool, world: World, held: ExitStack
 ) -> tuple[list[StagePlan], str | None]:
     """Find every mistake that can be found now; only then touch the folder. Its lock is held until `held` closes.
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import LlavaProcessor
 
 from moe_lvlm.analysis.measures import LoadCounter
 from moe_lvlm.checkpoint.background import CheckpointWriter
@@ -27,7 +26,7 @@ from moe_lvlm.data.ledger import BadSampleLedger
 from moe_lvlm.data.loader import MicroBatch, StepLoader
 from moe_lvlm.data.mixture import build_dataset, needed_data
 from moe_lvlm.data.order import StepOrder
-from moe_lvlm.models.processor import num_image_tokens
+from moe_lvlm.models.processor import Processor, num_image_tokens
 from moe_lvlm.parallel.engine import start_engine
 from moe_lvlm.parallel.process_group import World
 from moe_lvlm.training.adaptation import ExpertAdaptation
@@ -52,7 +51,7 @@ class Run:
     recipe: Recipe
     folder: Path
     world: World
-    processor: LlavaProcessor
+    processor: Processor
     log: RunLog
     interrupt: Interrupt
     writer: CheckpointWriter
@@ -79,13 +78,15 @@ class Stage:
     def _open_data(self) -> tuple[StepOrder, StepLoader]:
         recipe, settings = self._run.recipe, self._settings
         seed = recipe.seed * 1000 + self.state.stage
+        config = stage_config(recipe, self.state.stage)
         dataset, collator = build_dataset(
-            needed_data(recipe.data, stage_config(recipe, self.state.stage).moe_config),
+            needed_data(recipe.data, config.moe_config),
             settings.mixture or recipe.data.mixture,
             settings.template or recipe.data.template,
             self._run.processor,
             num_image_tokens,
             seed,
+            answers_apart=config.is_answer_apart,
         )
         order = StepOrder(
             seed=seed,
@@ -111,7 +112,8 @@ class Stage:
         )
         if recipe.train.gradient_checkpointing:
             # The reentrant kind loses the gradients of routers.
-            model.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+            for module in model.checkpointed_modules():
+                module.gradient_checkpointing_enable({"use_reentrant": False})
         groups = parameter_table(model)
         optimizer = recipe.train.optimizer
         engine = start_engine(

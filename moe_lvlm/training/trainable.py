@@ -10,10 +10,17 @@ from torch import nn
 from moe_lvlm.moe.decoder import MoEDecoderLayer
 from moe_lvlm.moe.upcycle import moe_layers
 
+# In LLaVA's names and in InstructBLIP's
 _PREFIXES = {
-    "connector": ("model.multi_modal_projector.",),
-    "vision_tower": ("model.vision_tower.",),
-    "language_model": ("model.language_model.", "lm_head."),
+    "connector": (
+        "model.multi_modal_projector.",
+        "model.connector.",
+        "query_tokens",
+        "qformer.",
+        "language_projection.",
+    ),
+    "vision_tower": ("model.vision_tower.", "vision_model."),
+    "language_model": ("model.language_model.", "lm_head.", "language_model."),
 }
 # What MoE-LLaVA's released code trains in stage III, where its paper says the MoE layers alone: it picks FFNs by a match
 # of names, which keeps those of dense layers, and switches the projector on again afterwards.

@@ -15,11 +15,14 @@ from PIL import Image, ImageDraw
 
 from moe_lvlm.analysis.examples import ExampleStore
 from moe_lvlm.analysis.foreground import pool_patches
+from moe_lvlm.analysis.paths import PathStatistics
 from moe_lvlm.analysis.statistics import RoutingStatistics
 from moe_lvlm.routing.trace import RoutingTrace
 from moe_lvlm.routing.types import Modality, RoutingContext, RoutingDecision, Site
+from tests.analysis.traces import connector_trace
 
 STAGES = (("align", 60), ("tune", 120), ("moe", 90))
+CONNECTOR_LAYERS = (6, 7, 8, 9, 10, 11)
 GRID = 6
 PATCH = 8
 
@@ -62,28 +65,42 @@ def run_maker() -> Callable[..., Path]:
 
 
 def make_run(
-    path: Path, *, evaluated: bool = True, moe: bool = True, layers: tuple[int, ...] = (0, 2), num_experts: int = 4
+    path: Path,
+    *,
+    evaluated: bool = True,
+    moe: bool = True,
+    qmoe: bool = False,
+    layers: tuple[int, ...] = (0, 2),
+    num_experts: int = 4,
 ) -> Path:
-    """Write a run's folder; `path` itself."""
+    """Write a run's folder; `path` itself. moe: in the language model; qmoe: in the connector."""
     path.mkdir(parents=True)
-    (path / "recipe.yaml").write_text(yaml.safe_dump(recipe(num_experts=num_experts, moe=moe)))
+    (path / "recipe.yaml").write_text(yaml.safe_dump(recipe(num_experts=num_experts, moe=moe, qmoe=qmoe)))
     (path / "environment.txt").write_text("python 3.11\ntorch 2.13.0\n")
     (path / "DONE").touch()
-    events = log_events(layers=layers if moe else (), num_experts=num_experts)
+    events = log_events(layers=layers if moe else (), num_experts=num_experts, qmoe=qmoe)
     (path / "log.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
     if evaluated:
         write_evaluation(path, layers=layers if moe else (), num_experts=num_experts)
+    if evaluated and qmoe:
+        write_paths(path)
     return path
 
 
-def recipe(*, num_experts: int, moe: bool) -> dict[str, Any]:
+def recipe(*, num_experts: int, moe: bool, qmoe: bool) -> dict[str, Any]:
+    experts = {
+        "num_experts": 3, "has_general_expert": True, "num_layers": 6, "router": "cross", "selection": "path",
+        "num_paths": 3, "normalize_output": False, "noise": None, "importance_coefficient": 0.01,
+    }  # fmt: skip
     return {
         "name": "synthetic",
         "seed": 3,
         "model": {
             "vision_tower": {"from_pretrained": "package:quickstart/tower"},
             "language_model": {"from_config": {"model_type": "llama"}},
-        },
+        }
+        | ({"connector": {"kind": "qmoe", "experts": experts}} if qmoe else {}),
+        "evaluation": {"tasks": [{"name": "scenes", "metric": "exact_match"}, {"name": "captions", "metric": "cider"}]},
         "moe": {
             "layers": "sparse",
             "num_experts": num_experts,
@@ -100,7 +117,7 @@ def recipe(*, num_experts: int, moe: bool) -> dict[str, Any]:
     }
 
 
-def log_events(*, layers: tuple[int, ...], num_experts: int) -> list[dict[str, Any]]:
+def log_events(*, layers: tuple[int, ...], num_experts: int, qmoe: bool) -> list[dict[str, Any]]:
     random = np.random.default_rng(0)
     events: list[dict[str, Any]] = []
     step = 0
@@ -113,17 +130,22 @@ def log_events(*, layers: tuple[int, ...], num_experts: int) -> list[dict[str, A
             step += 1
             loss = float(3.2 * np.exp(-step / 70) + 0.15 + 0.05 * random.standard_normal())
             routed = stage == "moe" and layers
+            loads = {
+                f"connector.{layer}": {
+                    "language": [0, 0, 0], "vision": (32 * random.multinomial(64, random.dirichlet([20] * 3))).tolist()
+                } for layer in (CONNECTOR_LAYERS if qmoe else ())
+            }  # fmt: skip
             events.append(
                 {"event": "step", "stage": stage, "step": number, "global_step": step, "loss": loss,
                  "language_loss": loss - 0.01, "balance_loss": 0.01 + 0.002 * random.random() if routed else None,
                  "learning_rate": 0.002, "grad_norm": 1.0, "tokens": 4000, "tokens_per_second": 20000.0,
                  "seconds": 0.2, "epoch": number / steps,
-                 "expert_load": {
+                 "expert_load": ({
                      str(layer): {
                          "language": random.multinomial(2000, random.dirichlet([60] * num_experts)).tolist(),
                          "vision": random.multinomial(6000, random.dirichlet([20] * num_experts)).tolist(),
                      } for layer in layers
-                 } if routed else None,
+                 } if routed else {}) | loads or None,
                  "tail_share": {str(layer): 0.3 for layer in layers} if routed else None}
             )  # fmt: skip
     events.append({"event": "done", "seconds": 61.0})
@@ -165,6 +187,33 @@ def write_evaluation(path: Path, *, layers: tuple[int, ...], num_experts: int) -
     if layers:
         statistics.to_npz(folder / "routing.npz")
         store.to_npz(folder / "examples.npz")
+
+
+def write_paths(path: Path) -> None:
+    """Of 400 images a task: captions and OCR take paths that questions seldom take. And captions have a CIDEr."""
+    random = np.random.default_rng(2)
+    frequent = random.integers(0, 3, (9, len(CONNECTOR_LAYERS)))
+    weights = {
+        "caption": [0.45, 0.3, 0.05, 0.05, 0.02, 0.02, 0.05, 0.03, 0.03],
+        "ocr": [0.25, 0.45, 0.05, 0.05, 0.05, 0.05, 0.05, 0.03, 0.02],
+        "vqa": [0.02, 0.05, 0.5, 0.25, 0.08, 0.02, 0.03, 0.03, 0.02],
+        "choice": [0.01, 0.04, 0.15, 0.1, 0.35, 0.25, 0.04, 0.03, 0.03],
+    }
+    statistics = PathStatistics()
+    for task, shares in weights.items():
+        taken = frequent[random.choice(len(frequent), 400, p=shares)]
+        statistics.update(connector_trace(taken.tolist(), layers=CONNECTOR_LAYERS), [task] * 400)
+    folder = path / "eval" / "captions"
+    folder.mkdir()
+    statistics.save(folder / "paths.json")
+    record = {
+        "key": "c/0", "task": "caption", "image": None, "question": "A photo of", "prediction": "a dog",
+        "answer": "the dog", "correct": False,
+    }  # fmt: skip
+    (folder / "predictions.jsonl").write_text(json.dumps(record) + "\n")
+    metrics = json.loads((path / "metrics.json").read_text())
+    metrics["eval"]["caption"] = {"accuracy": 1.392, "majority": 0.21, "n": 400}
+    (path / "metrics.json").write_text(json.dumps(metrics))
 
 
 def scene(random: np.random.Generator) -> tuple[Image.Image, Image.Image]:

@@ -12,11 +12,14 @@ from moe_lvlm.analysis.measures import (
     LoadCounter,
     expert_load,
     routing_entropy,
+    site_name,
+    site_of,
     tail_by_site,
     tail_flags,
 )
 from moe_lvlm.routing.trace import RoutingTrace
 from moe_lvlm.routing.types import RoutingContext, RoutingDecision, Site
+from tests.analysis.traces import connector_trace
 
 SITE = Site("language_model", 2)
 LANGUAGE_LOAD, VISION_LOAD = [3, 2, 0, 1], [5, 5, 2, 2]
@@ -106,6 +109,27 @@ def test_sample_level_decision_counts_for_every_token_of_its_sample(hand_trace: 
     assert routing.probs_RE[4].tolist() == [0.0, 0.0]
 
 
+def test_images_of_a_connector_count_as_their_visual_tokens() -> None:
+    # three images of four tokens; at layer 2 two take expert 1 and one takes expert 0, at layer 3 all take expert 2
+    trace = connector_trace([(1, 2), (0, 2), (1, 2)], layers=(2, 3), tokens=4)
+    # probabilities are alike all over an image: rounding of their mean must not make a tail
+    assert summary_of(trace) == {
+        "expert_load": {
+            "connector.3": {"language": [0, 0, 0], "vision": [0, 0, 12]},
+            "connector.2": {"language": [0, 0, 0], "vision": [4, 8, 0]},
+        },
+        "tail_share": None,
+    }
+
+
+def test_an_image_that_stands_for_none_counts_nowhere_in_the_log() -> None:
+    context = RoutingContext.all_language((2, 3), torch.device("cpu"))
+    trace = RoutingTrace(context)
+    blank = connector_trace([(1,)], layers=(2,), keep=[False])
+    trace.record(Site("connector", 2), blank[Site("connector", 2)])
+    assert summary_of(trace)["expert_load"] == {"connector.2": {"language": [0, 0, 0], "vision": [0, 0, 0]}}
+
+
 def test_rows_that_are_not_tokens_are_refused(hand_trace: RoutingTrace) -> None:
     with pytest.raises(ValueError, match="10 rows and the context 3 tokens"):
         hand_trace[SITE].by_token(RoutingContext.all_language((1, 3), torch.device("cpu")))
@@ -116,6 +140,20 @@ def test_tail_by_site_gives_one_image_in_patch_order(hand_trace: RoutingTrace) -
     assert tail_by_site(hand_trace, 1)[SITE].tolist() == [True, False]
     with pytest.raises(ValueError, match="image 2: not in this trace's batch; allowed: 0 to 1"):
         tail_by_site(hand_trace, 2)
+
+
+def test_a_connector_has_no_tail(hand_trace: RoutingTrace) -> None:
+    connector = connector_trace([(1,), (0,)], layers=(7,))
+    hand_trace.record(Site("connector", 7), connector[Site("connector", 7)])
+    assert set(tail_by_site(hand_trace, 0)) == {SITE}
+    assert set(summary_of(hand_trace)["tail_share"]) == {"2"}
+    assert set(summary_of(hand_trace)["expert_load"]) == {"2", "connector.7"}
+
+
+def test_sites_are_named_both_ways() -> None:
+    names = {Site("language_model", 10): "10", Site("connector", 9): "connector.9"}
+    assert [site_name(site) for site in names] == list(names.values())
+    assert [site_of(name) for name in names.values()] == list(names)
 
 
 def test_gradients_are_not_kept(hand_trace: RoutingTrace) -> None:

@@ -190,3 +190,69 @@ def test_experts_that_came_and_went_are_counted(run_maker: RunMaker, tmp_path: P
     assert row is not None
     # active at last 4; added once, dropped once; looked twice
     assert re.findall(r"\d+", row[1]) == ["4", "1", "1", "2"]
+
+
+@pytest.fixture(scope="module")
+def qmoe(run_maker: RunMaker, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with experts in the connector only, and its report."""
+    run = run_maker(tmp_path_factory.mktemp("runs") / "qmoe", moe=False, qmoe=True)
+    for path in run.glob("eval/scenes/*.npz"):
+        path.unlink()
+    write_report(run)
+    return run / "report"
+
+
+def test_experts_of_the_connector_have_a_section(qmoe: Path) -> None:
+    page = Page(qmoe / "index.html")
+    assert page.sections == [*SECTIONS[:3], "paths", *SECTIONS[3:]]
+    shown = {name for name in page.images if not name.startswith("prediction")}
+    assert shown == {"loss.png", "load-training-connector.png", "accuracy.png", "paths.png", "load-connector.png"}
+    for name in shown:
+        with Image.open(qmoe / name) as image:
+            assert np.asarray(image.convert("L")).std() > 1
+            assert 700 <= image.width <= 2000, name
+    assert "In each of the connector's layers 6, 7, 8, 9, 10, 11 an image takes one of 3 experts" in page.flat
+    assert "1,600 images took 9 of 729 possible paths" in page.flat
+    # four tasks of like size: log 4
+    assert "of 1.386 if every path belonged to one task" in page.flat
+    assert "0 of 1,000 shuffles reach the measured value: paths depend on the task (" in page.flat
+    assert "Q-MoE: 3 experts and a general one in the top 6 layers, router cross, chosen by path, 3 kept" in page.flat
+
+
+def test_sections_on_tokens_say_that_experts_are_in_the_connector(qmoe: Path) -> None:
+    text = Page(qmoe / "index.html").flat
+    assert "No MoE layer of the language model was measured: the connector's experts are under Expert paths" in text
+    assert "the visual tokens of this connector are no patches of the image" in text
+    assert "in the connector only: no stage says upcycle" in text
+    assert "Made by" not in text
+
+
+def test_cider_is_no_percentage(qmoe: Path) -> None:
+    text = Page(qmoe / "index.html").flat
+    assert "caption 139.2 CIDEr 21.0 CIDEr 400" in text
+    assert "what 92.5 % 8.0 % 80" in text
+    assert "Captions are scored by CIDEr, which is no share" in text
+
+
+def test_experts_in_both_places(run_maker: RunMaker, tmp_path: Path) -> None:
+    page = Page(write_report(run_maker(tmp_path / "run", qmoe=True)))
+    expected = FIGURES | {"load-training-connector", "paths", "load-connector"}
+    assert {name for name in page.images if not name.startswith("prediction")} == {f"{name}.png" for name in expected}
+
+
+def test_connector_that_was_not_evaluated_says_what_does_it(run_maker: RunMaker, tmp_path: Path) -> None:
+    page = Page(write_report(run_maker(tmp_path / "run", evaluated=False, moe=False, qmoe=True)))
+    assert "There are no expert paths: the connector was not evaluated on images yet" in page.flat
+
+
+def test_paths_that_do_not_depend_on_the_task_are_called_so(run_maker: RunMaker, tmp_path: Path) -> None:
+    run = run_maker(tmp_path / "run", evaluated=False, moe=False, qmoe=True)
+    (run / "eval" / "scenes").mkdir(parents=True)
+    content = {"format": 1, "layers": [6], "num_experts": 2, "counts": {task: {"0": 20, "1": 20} for task in "ab"}}
+    (run / "eval" / "scenes" / "paths.json").write_text(json.dumps(content))
+    text = Page(write_report(run)).flat
+    assert "share 0.000 nats of information, of 0.693" in text
+    assert "1,000 of 1,000 shuffles reach the measured value: paths do not depend on the task more than" in text
+    del content["counts"]["b"]
+    (run / "eval" / "scenes" / "paths.json").write_text(json.dumps(content))
+    assert "There is one task only" in Page(write_report(run)).flat

@@ -7,9 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
+from moe_lvlm.analysis.paths import PathStatistics
 from moe_lvlm.analysis.run_folder import RunFolder, Score
 from moe_lvlm.analysis.statistics import RoutingStatistics
+from tests.analysis.traces import connector_trace
 
 RunMaker = Callable[..., Path]
 
@@ -70,6 +73,50 @@ def test_evaluation_sets_are_put_together(run_maker: RunMaker, tmp_path: Path) -
     assert _routing(run)[site].load.tolist() == (2 * alone.load).tolist()
     assert len(folder.predictions) == 80
     assert len(folder.examples) == 12  # each image once
+
+
+def test_expert_paths_of_all_sets_are_put_together(run: Path) -> None:
+    assert RunFolder(run).paths is None
+    for name, task, path in (("one", "vqa", (1, 0)), ("two", "caption", (2, 2)), ("three", "vqa", (1, 0))):
+        (run / "eval" / name).mkdir(parents=True)
+        statistics = PathStatistics()
+        statistics.update(connector_trace([path], layers=(4, 5)), [task])
+        statistics.save(run / "eval" / name / "paths.json")
+    paths = RunFolder(run).paths
+    assert paths is not None
+    assert (paths.counts("vqa"), paths.counts("caption")) == ({(1, 0): 2}, {(2, 2): 1})
+
+
+def test_a_connector_that_saw_no_image_has_no_paths(run: Path) -> None:
+    (run / "eval" / "text").mkdir(parents=True)
+    PathStatistics().save(run / "eval" / "text" / "paths.json")
+    assert RunFolder(run).paths is None
+
+
+def test_score_knows_the_metric_of_its_set(run: Path) -> None:
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["evaluation"] = {"tasks": [{"name": "coco", "metric": "cider"}, {"name": "gqa", "metric": "vqa"}]}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    for name, task in (("coco", "caption"), ("gqa", "gqa"), ("gone", "old")):
+        (run / "eval" / name).mkdir(parents=True)
+        record = {
+            "key": "k",
+            "task": task,
+            "image": None,
+            "question": "",
+            "prediction": "",
+            "answer": "",
+            "correct": True,
+        }
+        (run / "eval" / name / "predictions.jsonl").write_text(json.dumps(record) + "\n")
+    numbers = {"accuracy": 0.4, "majority": 0.1, "n": 4}
+    scores = dict.fromkeys(("caption", "gqa", "old", "unseen"), numbers)
+    (run / "metrics.json").write_text(json.dumps({"eval": scores | {"high": numbers | {"accuracy": 1.2}}}))
+    caption, gqa, old, unseen, high = RunFolder(run).scores
+    assert [score.metric for score in (caption, gqa, old, unseen)] == ["cider", "vqa", None, None]
+    # a poor CIDEr is no share either
+    assert [score.unit for score in (caption, gqa, old, unseen)] == ["CIDEr", "%", "%", "%"]
+    assert (high.is_share, high.unit) == (False, "CIDEr")
 
 
 def _routing(run: Path) -> RoutingStatistics:

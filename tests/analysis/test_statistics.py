@@ -12,6 +12,7 @@ import torch
 from moe_lvlm.analysis.statistics import NUM_BINS, RoutingStatistics, highest_variance
 from moe_lvlm.routing.trace import RoutingTrace
 from moe_lvlm.routing.types import Modality, RoutingContext, RoutingDecision, Site
+from tests.analysis.traces import connector_trace
 
 SITE = Site("language_model", 2)
 FOREGROUND = [np.array([1.0, 0.0, 0.4]), np.array([0.2, 0.9])]
@@ -184,6 +185,19 @@ def decision_of(num_tokens: int, num_experts: int) -> RoutingDecision:
     probs = torch.full((num_tokens, num_experts), 1 / num_experts)
     ids = torch.zeros(num_tokens, 1, dtype=torch.int64)
     return RoutingDecision(probs.log(), probs, ids, probs[:, :1], torch.ones(num_tokens, 1, dtype=torch.bool))
+
+
+def test_images_of_a_connector_are_left_out(hand_trace: RoutingTrace) -> None:
+    alone, both = RoutingStatistics(), RoutingStatistics()
+    alone.update(hand_trace)
+    connector = connector_trace([(1, 0, 2), (0, 0, 0)])
+    for site, decision in connector.items():
+        hand_trace.record(site, decision)
+    both.update(hand_trace)
+    assert_equal(both, alone)
+    only = RoutingStatistics()
+    only.update(connector)
+    assert len(only) == 0
 
 
 def assert_equal(left: RoutingStatistics, right: RoutingStatistics) -> None:

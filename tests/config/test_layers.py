@@ -112,20 +112,36 @@ def test_anchors_do_not_tie_layers_together(tmp_path: Path) -> None:
 
 def test_scales_are_laid_over_in_order(tmp_path: Path) -> None:
     """The shipped overlay, the base's own, the recipe's own, the overrides: each over what comes before."""
-    own = "scales: {tiny: {data: {max_length: 11, num_workers: 1}, stages: {sparse: {steps: 1}}}}"
-    base = BASE.replace("name: tune", "name: align").replace("name: sparse", "name: tune") + own.replace(
-        "sparse", "tune"
-    )
-    base = base.replace("stages:\n", "stages:\n  - {name: sparse, train: [connector], steps: 9, learning_rate: 1}\n")
+    own = "scales: {tiny: {data: {max_length: 11, num_workers: 1}, stages: {tune: {steps: 1}}}}"
+    base = BASE.replace("data: {", "data: {num_workers: 7, ").replace("train: {", "train: {precision: bf16, ") + own
     path = write(tmp_path, base=base, heir="extends: base.yaml\nscales: {tiny: {data: {max_length: 12}}}")
     full = load_recipe(path)
-    assert (full.data.max_length, full.data.num_workers, full.stages[2].steps) == (2048, 0, 5)
+    assert (full.data.max_length, full.data.num_workers, full.stages[0].steps) == (2048, 7, 3)
+    assert full.train.precision == "bf16"
     tiny = load_recipe(path, ["train.log_every=3", "scale=tiny"])
-    assert tiny.model.language_model is not None
-    assert tiny.model.language_model.from_pretrained == "package:scenes/language_model"  # scales/tiny.yaml
+    assert tiny.train.precision == "fp32"  # scales/tiny.yaml
     assert (tiny.data.max_length, tiny.data.num_workers) == (12, 1)
-    assert (tiny.stages[2].steps, tiny.train.log_every) == (1, 3)
+    assert (tiny.stages[0].steps, tiny.train.log_every) == (1, 3)
     assert tiny.moe == full.moe
+
+
+@pytest.mark.parametrize("key", ["num_experts", "has_general_expert", "router", "selection", "num_paths", "noise"])
+def test_a_scale_changes_no_expert_of_a_connector(tmp_path: Path, key: str) -> None:
+    """Their layers alone, of which a small model has fewer, and how large the connector is."""
+    base = BASE.replace(
+        "\nmodel:", "\nmodel:\n  connector: {kind: qmoe, qformer: {from_pretrained: q}, experts: {num_experts: 2}}"
+    )
+    changes = "{num_queries: 4, experts: {num_layers: 1}}"
+    path = write(tmp_path, base=base, heir=f"extends: base.yaml\nscales: {{s: {{model: {{connector: {changes}}}}}}}")
+    full, small = (load_recipe(path, words).model.connector for words in ([], ["scale=s"]))
+    assert full is not None
+    assert small is not None
+    assert small.model_dump() == full.model_dump() | {
+        "num_queries": 4,
+        "experts": full.model_dump()["experts"] | {"num_layers": 1},
+    }
+    path.write_text(f"extends: base.yaml\nscales: {{s: {{model: {{connector: {{experts: {{{key}: 1}}}}}}}}}}")
+    assert f"model.connector.experts.{key}: a scale does not change this" in error_of(path)
 
 
 def test_a_recipe_may_bring_a_scale_of_its_own(tmp_path: Path) -> None:
@@ -176,7 +192,10 @@ def test_what_is_no_recipe_is_not_listed() -> None:
         ("stages: {tune: {steps: 1}}", "heir.yaml: stages: a mapping changes stages by name"),
         ("extends: base.yaml\nscale: tinny", "heir.yaml: scale: 'tinny', did you mean 'tiny'?; allowed: full, tiny"),
         ("extends: base.yaml\nscale: [tiny]", "heir.yaml: scale: ['tiny'], did you mean 'tiny'?; allowed: full, tiny"),
-        ("extends: base.yaml\nscale: tiny", "scales/tiny.yaml: stages.align: no such stage; allowed: tune, sparse"),
+        (
+            "extends: base.yaml\nscale: s\nscales: {s: {stages: {align: {steps: 1}}}}",
+            "heir.yaml: stages.align: no such stage; allowed: tune, sparse",
+        ),
         ("extends: base.yaml\nscales: [tiny]", "heir.yaml: scales: ['tiny']; allowed: a mapping"),
         ("extends: base.yaml\nscales: {tiny: 3}", "heir.yaml: scales.tiny: 3; allowed: a mapping"),
         ("extends: base.yaml\nscales: {full: {data: {max_lenght: 9}}}", "heir.yaml: data.max_lenght: unknown key"),
@@ -189,6 +208,23 @@ def test_what_is_no_recipe_is_not_listed() -> None:
         ("extends: base.yaml\nscales: {tiny: {seed: 1}}", "heir.yaml: scales.tiny: seed: a scale does not change this"),
         ("extends: base.yaml\nscales: {tiny: {data: null}}", "heir.yaml: scales.tiny: data: null; allowed in a scale"),
         ("extends: base.yaml\nscales: {tiny: {stages: []}}", "heir.yaml: scales.tiny: stages: []; allowed in a scale"),
+        (
+            "extends: base.yaml\nscales: {tiny: {model: {connector: {kind: mlp}}}}",
+            "heir.yaml: scales.tiny: model.connector.kind: a scale does not change this; allowed: model.connector.qformer, ",
+        ),
+        (
+            "extends: base.yaml\nscales: {tiny: {model: {connector: null}}}",
+            "heir.yaml: scales.tiny: model.connector: null; allowed in a scale: a mapping",
+        ),
+        (
+            "extends: base.yaml\nscales: {tiny: {model: {connector: {experts: {num_experts: 2}}}}}",
+            "heir.yaml: scales.tiny: model.connector.experts.num_experts: a scale does not change this, did you mean 'num_layers'?; allowed: "
+            "model.connector.experts.num_layers",
+        ),
+        (
+            "extends: base.yaml\nscales: {tiny: {model: {connector: {experts: 2}}}}",
+            "heir.yaml: scales.tiny: model.connector.experts: 2; allowed in a scale: a mapping",
+        ),
         (
             "extends: base.yaml\nscales: {tiny: {train: {loss_average: step}}}",
             "heir.yaml: scales.tiny: train.loss_average: a scale does not change this; allowed: train.precision, ",

@@ -118,3 +118,6 @@ def test_a_recipes_files_are_those_of_its_sparse_stages() -> None:
     assert [str(path) for path in recipe_files(recipe(one={}))] == ["/d/a.json", "/d/b.json"]
     with pytest.raises(ValueError, match="stage 'x': not in recipe r; allowed: dense, up, more"):
         recipe_files(sparse, "x")
+    drawn = recipe(one={"mixture": [{"path": "b.json"}, {"path": "q.json", "source": "gqa"}]})
+    with pytest.raises(ValueError, match=r"q\.json: source gqa, .* llava_json"):
+        recipe_files(drawn)

@@ -15,10 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from moe_lvlm.config.recipe import RecordsSettings
 from moe_lvlm.data.collator import Collator
-from moe_lvlm.data.errors import BadRecordError
+from moe_lvlm.data.errors import BadRecordError, DataFileError, RecordFault
 from moe_lvlm.data.llava_json import read_records
-from moe_lvlm.data.mixture import Source
+from moe_lvlm.data.mixture import Source, open_records
 from moe_lvlm.data.records import IMAGE_MARK
 from moe_lvlm.data.sample import Sample
 
@@ -106,3 +107,63 @@ def test_any_damage_to_an_image_is_a_sample_or_a_bad_record(
     records = [{"image": "i", "conversations": [{"from": "human", "value": IMAGE_MARK}, {"from": "gpt", "value": "a"}]}]
     samples = check(records, {"i": bytes(content)})
     assert len(samples) in (0, 3)
+
+
+FIXTURES = Path(__file__).parent / "fixtures"
+PUBLISHED = {
+    "gqa": "gqa/train_balanced_questions.json",
+    "vqa": "vqa/v2_OpenEnded_mscoco_train2014_questions.json",
+    "aokvqa": "aokvqa/aokvqa_v1p0_train.json",
+    "coco_captions": "coco_captions/captions_val2014.json",
+    "textcaps": "textcaps/TextCaps_0.1_train.json",
+    "vizwiz": "vizwiz/val.json",
+    "vsr": "vsr/test.jsonl",
+    "hateful_memes": "hateful_memes/dev_seen.jsonl",
+    "nocaps": "nocaps/nocaps_val_4500_captions.json",
+}
+
+
+def spoiled(value: Any, data: st.DataObject) -> Any:
+    """The value with something in it replaced by anything."""
+    inner = list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else []
+    if not inner or data.draw(st.integers(0, 4)) == 0:
+        return data.draw(JSON | TEXT)
+    key = data.draw(st.sampled_from(inner))
+    if isinstance(value, dict):
+        return {name: spoiled(one, data) if name == key else one for name, one in value.items()}
+    return [spoiled(one, data) if place == key else one for place, one in enumerate(value)]
+
+
+@settings(max_examples=200 * SCALE, deadline=None)
+@given(data=st.data(), source=st.sampled_from(list(PUBLISHED)), for_evaluation=st.booleans())
+def test_any_published_file_is_read_or_refused(data: st.DataObject, source: str, for_evaluation: bool) -> None:
+    annotations = str(FIXTURES / "vqa/v2_mscoco_train2014_annotations.json") if source == "vqa" else None
+    instructions = "caption" if source in ("coco_captions", "textcaps", "nocaps") else None
+    original = FIXTURES / PUBLISHED[source]
+    lines = original.read_text().splitlines()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / original.name
+        if path.suffix == ".jsonl":
+            path.write_text("\n".join(json.dumps(spoiled(json.loads(line), data)) for line in lines))
+        else:
+            path.write_text(json.dumps(spoiled(json.loads(original.read_text()), data)))
+        wanted = RecordsSettings(source=source, path=str(path), annotations=annotations, instructions=instructions)  # type: ignore[arg-type]
+        try:
+            opened = open_records(wanted, folder, for_evaluation=for_evaluation)
+        except DataFileError as error:
+            assert str(path) in str(error) or str(annotations) in str(error)
+            return
+        for index in range(len(opened)):
+            for draw in (None, 5):
+                try:
+                    record = opened.record(index, draw)
+                except BadRecordError as error:
+                    assert (error.index, error.file) == (index, str(path))
+                else:
+                    assert record.turns[1].text
+                    assert len(record.images) == 1
+                    assert isinstance(opened.facts(index), dict)
+            try:
+                opened.facts(index)
+            except RecordFault as fault:
+                assert fault.reason

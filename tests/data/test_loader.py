@@ -34,7 +34,7 @@ def make_loader(make_source: MakeSource, make_builder: MakeBuilder) -> MakeLoade
     for index in BAD & {i for i in range(NUM_RECORDS) if i % 2}:
         records[index]["image"] = "none.png"
     builder = make_builder()
-    dataset = MixtureDataset([make_source(records)], [1.0], builder, seed=1)
+    dataset = MixtureDataset([make_source(records)], [NUM_RECORDS], builder, seed=1)
     collator = Collator.for_processor(builder.processor)
 
     def make(micro_batch: int = 2, global_batch: int = 4, **settings: int) -> StepLoader:

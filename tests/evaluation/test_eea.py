@@ -12,7 +12,8 @@ from torch import Tensor
 
 import moe_lvlm
 from moe_lvlm.config.load import load_recipe
-from moe_lvlm.data.mixture import build_samples, open_source
+from moe_lvlm.config.recipe import RecordsSettings
+from moe_lvlm.data.mixture import build_samples, open_records
 from moe_lvlm.evaluation.eea import measure_eea, with_eea_off
 from moe_lvlm.models.llava import MoELlavaForConditionalGeneration
 from moe_lvlm.models.processor import num_image_tokens
@@ -47,7 +48,7 @@ def test_numbers_by_a_plain_loop(run: Path, report: dict[str, Any]) -> None:
     with_eea, without = moe_lvlm.load(run)[0], second_model(run, eea_select="none")
     recipe = load_recipe(run / "recipe.yaml")
     builder = build_samples(recipe.data, "chat", moe_lvlm.load(run)[1], num_image_tokens)
-    source = open_source("train.json", None, "colors", recipe.data.image_root)
+    source = open_records(RecordsSettings(path="train.json", name="colors"), recipe.data.image_root)
     differences, divergences, equal, tail, vision, rows, tokens = [], [], [], {0: 0, 2: 0}, 0, 0, 0
     for number in range(SAMPLES):
         sample = source.sample(number * len(source) // SAMPLES, builder)
@@ -95,7 +96,7 @@ def test_answers(run: Path, report: dict[str, Any]) -> None:
     _, processor = moe_lvlm.load(run)
     recipe = load_recipe(run / "recipe.yaml")
     builder = build_samples(recipe.data, "chat", processor, num_image_tokens)
-    source = open_source("train.json", None, "colors", recipe.data.image_root)
+    source = open_records(RecordsSettings(path="train.json", name="colors"), recipe.data.image_root)
     answers = []
     for model in (moe_lvlm.load(run)[0], second_model(run, eea_select="none")):
         texts = []

@@ -1,10 +1,10 @@
-"""Letters read from answers, and accuracy over the rotations of a question."""
+"""Letters and options' texts read from answers, and accuracy over the rotations of a question."""
 
 from __future__ import annotations
 
 import pytest
 
-from moe_lvlm.evaluation.metrics import METRICS, Outcome, TaskScore, Truth, score_by_task
+from moe_lvlm.evaluation.metrics import METRICS, Outcome, TaskScore, Truth, score_by_task, score_set
 from moe_lvlm.evaluation.metrics.choice import circular_accuracy, read_choice
 
 OPTIONS = ("a cat", "A dog.", "birds")
@@ -66,13 +66,59 @@ def test_an_option_that_stands_twice_is_not_chosen_by_its_text() -> None:
 def test_score_by_hand() -> None:
     outcomes = [
         Outcome("sqa", "A. a cat", Truth("A", options=OPTIONS)),
-        Outcome("sqa", "a dog", Truth("a cat", options=OPTIONS)),
+        Outcome("sqa", "a dog", Truth("A", options=OPTIONS)),
         Outcome("sqa", "B", Truth("B.")),
         Outcome("sqa", "a dog", Truth("B")),  # without options its text says nothing
     ]
     # right: first and third; A and B are right twice each; only the last chooses nothing
     expected = TaskScore(accuracy=0.5, majority=0.5, n=4, details={"no_letter": 0.25})
     assert score_by_task(outcomes, "choice") == {"sqa": expected}
+
+
+# Of these options some are letters too, or read like one with its text; "white" stands twice, as in published sets.
+TEXTS = (("d", "b", "a", "c"), ("B", "A", "white", "white"), ("A. Lincoln", "yes", "no", "maybe"))
+
+
+@pytest.mark.parametrize(
+    ("prediction", "answer", "options", "credit"),
+    [
+        ("A dog", "a dog", OPTIONS, 1),
+        ("a dog.", "A dog.", OPTIONS, 1),
+        ("dog", "A dog.", OPTIONS, 0),  # a near miss
+        ("a dog or birds", "A dog.", OPTIONS, 0),
+        ("The answer is a dog", "A dog.", OPTIONS, 0),
+        ("B", "A dog.", OPTIONS, 0),  # its prompt names no letters
+        ("D", "d", TEXTS[0], 1),  # the text d, not the letter of "c"
+        ("C.", "d", TEXTS[0], 0),
+        ("A", "A", TEXTS[1], 1),
+        ("B", "A", TEXTS[1], 0),
+        ("white", "white", TEXTS[1], 1),
+        ("a. lincoln", "A. Lincoln", TEXTS[2], 1),
+        ("yes", "A. Lincoln", TEXTS[2], 0),
+    ],
+)
+def test_options_chosen_by_their_texts(prediction: str, answer: str, options: tuple[str, ...], credit: float) -> None:
+    # another record whose answer is no letter shows how the set is answered
+    truths = [Truth(answer, options=options), Truth("birds", options=OPTIONS)]
+    for truth in truths:
+        METRICS["choice"].check(truth)
+    METRICS["choice"].check_set(truths)
+    outcomes = [Outcome("aok", said, truth) for said, truth in zip((prediction, "birds"), truths, strict=True)]
+    assert score_set(outcomes, "choice").credits == [credit, 1]
+
+
+def test_score_by_text_by_hand() -> None:
+    rows = [("A dog", "a dog"), ("a dog", "birds"), ("C", "birds"), ("a bird", "birds"), ("birds", "birds")]
+    outcomes = [Outcome("aok", said, Truth(answer, options=OPTIONS)) for said, answer in rows]
+    # right: first and last; "birds" is right four times of five; "C" and "a bird" choose nothing
+    expected = TaskScore(accuracy=0.4, majority=0.8, n=5, details={"no_letter": 0.4})
+    assert score_by_task(outcomes, "choice") == {"aok": expected}
+
+
+def test_letters_and_texts_do_not_mix() -> None:
+    truths = [Truth("C", options=OPTIONS), Truth("birds", options=OPTIONS)]
+    with pytest.raises(ValueError, match=r"the answers of 1 of 2 records are letters \('C'\), .*allowed: one kind"):
+        METRICS["choice"].check_set(truths)
 
 
 def test_circular_by_hand() -> None:

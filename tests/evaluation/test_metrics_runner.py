@@ -81,6 +81,47 @@ def test_choice(run: Path, said: list[str]) -> None:
     assert [line["correct"] for line in lines(run)] == [True, False, False, False]
 
 
+def test_choice_by_text(run: Path, said: list[str]) -> None:
+    # its own words are an option of the first two questions, and right for the first
+    options = [[WORDLESS, said[0]], [said[1], WORDLESS], *[["lion", WORDLESS]] * 2]
+    answers = [said[0], *[WORDLESS] * 3]
+    records = [
+        record(question, answer, options=option)
+        for question, answer, option in zip(QUESTIONS, answers, options, strict=True)
+    ]
+    found = score(run, "choice", records)
+    assert found == {"accuracy": 0.25, "majority": 0.75, "n": 4, "no_letter": 0.5}
+    assert [line["correct"] for line in lines(run)] == [True, False, False, False]
+
+
+def test_cider(run: Path, said: list[str]) -> None:
+    words = [text.split() for text in said]
+    assert min(map(len, words)) >= 1 and said[0] != said[1]
+    # the first question's caption is its only reference, the others share no word with theirs
+    references = [[said[0]], [WORDLESS], ["lion"], ["bear wolf fox"]]
+    records = [
+        record(question, known[0], references=known) for question, known in zip(QUESTIONS, references, strict=True)
+    ]
+    found = score(run, "cider", records)
+    # equal to its reference: cosine 1 for each length of n-gram that the caption has, of four
+    first = 10 * min(len(words[0]), 4) / 4
+    assert found["accuracy"] == pytest.approx(first / 4)
+    # of the constants, the longest gets most, beside its own image alone: three lengths of four
+    assert found["majority"] == pytest.approx(max(first, 7.5) / 4)
+    assert (found["n"], found["words"]) == (4, sum(map(len, words)) / 4)
+    assert [line["credit"] for line in lines(run)] == pytest.approx([first, 0, 0, 0])
+    assert {line["correct"] for line in lines(run)} == {None}
+    console = Console(file=io.StringIO(), width=120)
+    print_scores({"tiny": TaskScore(1.3921, 0.5, 4)}, console=console)
+    assert "1.392" in console.file.getvalue()
+
+
+def test_vqa_beside_one_answer(run: Path, said: list[str]) -> None:
+    answers = [f"The {said[0].upper()}.", *[WORDLESS] * 3]
+    records = [record(question, answer, answers=[answer]) for question, answer in zip(QUESTIONS, answers, strict=True)]
+    assert score(run, "vqa", records) == {"accuracy": 0.25, "majority": 0.75, "n": 4}
+
+
 def test_vqa(run: Path, said: list[str]) -> None:
     # people who said what the model says, of ten: .9, .3, 0 and 1
     people = (3, 1, 0, 4)
@@ -158,6 +199,8 @@ def test_the_printed_table_leaves_single_categories_out() -> None:
         ("vqa", {"answers": "cat"}, "record 0: answers is 'cat'; allowed: a list of strings"),
         ("vqa", {"answers": [{"answer": "a"}] * 10}, "record 0: answers is .*; allowed: a list of strings"),
         ("vqa", {}, "record 0: answers: 0 given"),
+        ("cider", {}, r"record 0: references: \[\]; allowed: at least one caption .* \(metric cider\)"),
+        ("cider", {"references": "a cat"}, "record 0: references is 'a cat'; allowed: a list of strings"),
         ("choice", {}, "record 0: the answer 'zebra' chooses nothing"),
         ("choice", {"options": {"A": "cat"}}, "record 0: options is .*; allowed: a list of strings"),
         ("choice", {"options": ["cat", "zebra"], "group": 3}, "record 0: group is 3; allowed: a string"),

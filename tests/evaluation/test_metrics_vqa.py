@@ -83,9 +83,48 @@ def test_score_by_hand() -> None:
     }
 
 
-@pytest.mark.parametrize("count", [0, 9, 11])
-def test_ten_answers_are_needed(count: int) -> None:
-    with pytest.raises(ValueError, match=f"answers: {count} given; allowed: exactly 10"):
+# what LAVIS (lavis/tasks/vqa.py, GQATask) gives for these
+@pytest.mark.parametrize(
+    ("prediction", "answer", "expected"),
+    [
+        ("Yes.", "yes", 1.0),
+        ("the left", "left", 1.0),
+        ("A man", "man", 1.0),
+        ("two", "2", 1.0),
+        ("lady's room", "lady's room", 1.0),
+        ("men", "man", 0.0),
+        ("no, it is", "no", 0.0),
+        ("blue", "light blue", 0.0),
+        ("", "yes", 0.0),
+    ],
+)
+def test_one_right_answer(prediction: str, answer: str, expected: float) -> None:
+    assert vqa_accuracy(prediction, [answer]) == expected
+
+
+def test_one_right_answer_is_normalised_too() -> None:
+    # LAVIS gives 0 for all of these, since it normalises the prediction alone
+    assert [vqa_accuracy(*pair) for pair in (("T-shirt", ["t-shirt"]), ("t shirt", ["t-shirt"]))] == [1.0, 1.0]
+
+
+def test_score_of_one_right_answer_by_hand() -> None:
+    rows = [("the left", "left"), ("right", "left"), ("left", "Left."), ("2", "two")]
+    outcomes = [Outcome("gqa", said, Truth(answer, answers=(answer,))) for said, answer in rows]
+    # left is right three times of four
+    assert score_by_task(outcomes, "vqa") == {"gqa": TaskScore(accuracy=0.75, majority=0.75, n=4)}
+
+
+def test_ten_answers_or_one_in_all_records() -> None:
+    ten, one = Truth("cat", answers=("cat",) * 10), Truth("cat", answers=("cat",))
+    METRICS["vqa"].check_set([ten, ten])
+    METRICS["vqa"].check_set([one, one])
+    with pytest.raises(ValueError, match="answers: 1 of 3 records have one; allowed: 10 in all, or one in all"):
+        METRICS["vqa"].check_set([ten, one, ten])
+
+
+@pytest.mark.parametrize("count", [0, 2, 9, 11])
+def test_ten_answers_are_needed_or_one(count: int) -> None:
+    with pytest.raises(ValueError, match=f"answers: {count} given; allowed: exactly 10 .*, or exactly one"):
         METRICS["vqa"].check(Truth("cat", answers=("cat",) * count))
     with pytest.raises(ValueError, match=f"answers: {count} given"):
         vqa_accuracy("cat", ["cat"] * count)

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import CLIPImageProcessorPil, PreTrainedModel
+from transformers import CLIPImageProcessorPil, LlavaConfig, PreTrainedConfig, PreTrainedModel
 
-from moe_lvlm.evaluation.routing import Answered, RoutingCollector, foreground_of, normalisation
+from moe_lvlm.config.connector import ExpertSettings
+from moe_lvlm.evaluation.generation import Prompt
+from moe_lvlm.evaluation.routing import Answered, RoutingCollector, foreground_of, has_patch_tokens, normalisation
+from moe_lvlm.models.config import MoELlavaConfig
+from moe_lvlm.models.instructblip_config import MoEInstructBlipConfig
+from moe_lvlm.routing.trace import RoutingTrace
+from moe_lvlm.routing.types import RoutingContext, RoutingDecision, Site
+from tests.analysis.traces import connector_trace
+from tests.tiny_models import blip_batch, tiny_moe_blip
 
 from .conftest import IMAGE_TOKENS, TinyPrompt
 
@@ -64,10 +75,143 @@ def test_a_foreground_of_another_grid_is_refused(
         collector.update([wrong], batch_size=1)
 
 
-def answered(prompt: TinyPrompt, share: np.ndarray | None = None) -> Answered:
+def test_a_language_model_s_experts_make_no_paths(
+    moe_model: PreTrainedModel, processor: Any, prompts: list[TinyPrompt]
+) -> None:
+    collector = RoutingCollector(moe_model, processor)
+    collector.update([answered(prompt) for prompt in prompts], batch_size=4)
+    assert len(collector.paths) == 0
+    assert len(collector.examples) == 4  # one a prompt with images
+
+
+class RoutedByHand:
+    """Stands for a model: its connector sends image after image over the paths it was given, in the order of the batch.
+
+    also: decisions of the language model besides.
+    """
+
+    dtype = torch.float32
+    device = torch.device("cpu")
+
+    def __init__(
+        self, config: PreTrainedConfig, paths: list[tuple[int, ...]], also: RoutingTrace | None = None
+    ) -> None:
+        self.config = config
+        self._paths = paths
+        self._also = also
+
+    def __call__(self, *, pixel_values: torch.Tensor | None = None, **batch: Any) -> SimpleNamespace:
+        num_images = 0 if pixel_values is None else len(pixel_values)
+        taken, self._paths = self._paths[:num_images], self._paths[num_images:]
+        trace = connector_trace(taken, layers=(4, 5)) if taken else blank_trace()
+        if self._also is not None:
+            for site, decision in self._also.items():
+                trace.record(site, decision)
+        return SimpleNamespace(routing=trace)
+
+
+def blank_trace() -> RoutingTrace:
+    """Of words alone: the connector saw the image that stands for none."""
+    trace = RoutingTrace(RoutingContext.all_language((1, 3), torch.device("cpu")))
+    for site, decision in connector_trace([(0, 0)], layers=(4, 5), keep=[False]).items():
+        trace.record(site, decision)
+    return trace
+
+
+def test_paths_are_counted_by_the_task_of_each_image(processor: Any, prompts: list[TinyPrompt]) -> None:
+    # the prompts hold 1, 1, 0, 2, 0, 1 and 0 images
+    paths = [(0, 1), (2, 2), (1, 1), (1, 0), (0, 1)]
+    tasks = ["vqa", "caption", "text", "caption", "text", "vqa", "text"]
+    for batch_size in (1, 3, 7):
+        model = RoutedByHand(MoELlavaConfig(qformer={}), list(paths))
+        collector = RoutingCollector(model, processor)
+        items = [answered(prompt, task=task) for prompt, task in zip(prompts, tasks, strict=True)]
+        collector.update(items, batch_size=batch_size)
+        assert collector.paths.layers == (4, 5)
+        assert collector.paths.tasks == ("vqa", "caption")
+        assert collector.paths.counts("vqa") == {(0, 1): 2}
+        assert collector.paths.counts("caption") == {(2, 2): 1, (1, 1): 1, (1, 0): 1}
+        # queries are no patches, and what is routed as a whole has no tokens
+        assert len(collector.examples) == 0
+        assert len(collector.statistics) == 0
+
+
+def test_tokens_behind_a_q_former_have_statistics_but_no_examples(processor: Any, prompts: list[TinyPrompt]) -> None:
+    # the batch that is routed by hand has an image of two visual tokens, and a word
+    probs = torch.tensor([[0.9, 0.1], [0.6, 0.4], [0.2, 0.8]])
+    top = probs.topk(1)
+    of_tokens = RoutingTrace(RoutingContext.all_language((1, 3), torch.device("cpu")))
+    decision = RoutingDecision(probs.log(), probs, top.indices, top.values, torch.ones(3, 1).bool())
+    of_tokens.record(Site("language_model", 0), decision)
+    model = RoutedByHand(MoELlavaConfig(qformer={}), [(0, 1)], of_tokens)
+    collector = RoutingCollector(model, processor)
+    collector.update([answered(prompts[0])], batch_size=1)
+    ((site, statistics),) = collector.statistics.items()
+    assert site == Site("language_model", 0)
+    assert statistics.load.tolist() == [[0, 1], [2, 0]]
+    assert len(collector.examples) == 0
+    assert len(collector.paths) == 1
+
+
+@pytest.mark.parametrize("text", ["llama", "t5"])
+def test_paths_are_those_of_each_image_alone(text: str, processor: Any) -> None:
+    model = tiny_moe_blip(ExpertSettings(num_layers=2), text)
+    items: list[Answered] = []
+    expected: dict[str, Counter[tuple[int, ...]]] = {}
+    for index, row in enumerate(blip_rows(text, num_samples=9)):
+        task = ("vqa", "caption")[index % 2]
+        prompt = WordedPrompt(row["input_ids"][0], row["pixel_values"], row["qformer_input_ids"][0])
+        items.append(answered(prompt, task=task))
+        with torch.no_grad():
+            trace = model(**row, output_routing=True).routing
+        path = tuple(int(trace[Site("connector", layer)].expert_ids_RK) for layer in (2, 3))
+        expected.setdefault(task, Counter())[path] += 1
+    assert len({path for counts in expected.values() for path in counts}) > 1  # else nothing could be mixed up
+    for batch_size in (1, 4):
+        collector = RoutingCollector(model, processor)
+        collector.update(items, batch_size=batch_size)
+        assert {task: collector.paths.counts(task) for task in collector.paths.tasks} == expected
+        assert (len(collector.examples), len(collector.statistics)) == (0, 0)
+
+
+@dataclass(frozen=True)
+class WordedPrompt:
+    """A prompt with words for the Q-Former."""
+
+    input_ids: torch.Tensor
+    pixel_values: torch.Tensor
+    connector_ids: torch.Tensor
+    cluster: None = None
+
+    @property
+    def instruction(self) -> torch.Tensor:
+        return torch.ones_like(self.input_ids)
+
+
+def blip_rows(text: str, *, num_samples: int) -> list[dict[str, torch.Tensor]]:
+    """Samples of `blip_batch` one by one, without padding."""
+    batch = blip_batch(text, num_samples=num_samples)
+    rows = []
+    for index in range(num_samples):
+        row = {"pixel_values": batch["pixel_values"][index : index + 1]}
+        for ids, mask in (("input_ids", "attention_mask"), ("qformer_input_ids", "qformer_attention_mask")):
+            row[ids] = batch[ids][index, batch[mask][index].bool()][None]
+        rows.append(row)
+    return rows
+
+
+def test_only_llava_s_projector_keeps_patches() -> None:
+    assert has_patch_tokens(LlavaConfig())
+    assert has_patch_tokens(MoELlavaConfig())
+    assert not has_patch_tokens(MoELlavaConfig(qformer={}))
+    assert not has_patch_tokens(MoEInstructBlipConfig())
+
+
+def answered(prompt: Prompt, share: np.ndarray | None = None, *, task: str = "what") -> Answered:
     num_images = 0 if prompt.pixel_values is None else len(prompt.pixel_values)
     return Answered(
         key=str(torch.sum(prompt.input_ids).item()),
+        task=task,
         question="what ?",
         answer="cat",
         prediction="dog",

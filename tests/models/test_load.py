@@ -155,7 +155,7 @@ def test_what_is_no_model(folder: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
     (other / "config.json").write_text('{"model_type": "llama"}')
-    with pytest.raises(ValueError, match="model_type 'llama'; allowed: llava, moe_llava"):
+    with pytest.raises(ValueError, match="model_type 'llama'; allowed: llava, instructblip, blip-2, moe_llava, "):
         moe_lvlm.load(other)
 
 

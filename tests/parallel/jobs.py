@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch.distributed as dist
 from moe_lvlm.cli import main
 from moe_lvlm.config.recipe import OptimizerSettings
 from moe_lvlm.data.loader import MicroBatch
-from moe_lvlm.models.llava import MoELlavaForConditionalGeneration
+from moe_lvlm.models.build import VLM
 from moe_lvlm.parallel.engine import start_engine
 from moe_lvlm.parallel.expert_parallel import bind_expert_parallel
 from moe_lvlm.parallel.process_group import World, join_world
@@ -39,9 +40,14 @@ def train(case: Case) -> dict[str, Any]:
     """`Outcome`'s fields; of experts' parameters this rank's share."""
     world = join_world()
     engine = _start(case, world)
+    return run_steps(engine, world, [batches(case.problem, step) for step in range(case.problem.num_steps)])
+
+
+def run_steps(engine: Any, world: World, steps: Sequence[Sequence[Any]]) -> dict[str, Any]:
+    """Train on the micro-batches of each step, each rank on its own, and leave the group. `Outcome`'s fields."""
     losses, norms = [], []
-    for step in range(case.problem.num_steps):
-        losses.append(_step(engine, case, step, world))
+    for every in steps:
+        losses.append(_step(engine, every, world))
         norms.append(float(engine.get_global_grad_norm()))
     result = {"losses": losses, "norms": norms, "parameters": _parameters(engine)}
     dist.barrier()
@@ -62,7 +68,7 @@ def _start(case: Case, world: World) -> Any:
 
 
 def start_training(
-    model: MoELlavaForConditionalGeneration,
+    model: VLM,
     world: World,
     *,
     num_micro_batches: int,
@@ -80,7 +86,8 @@ def start_training(
     model = model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
     bind_expert_parallel(model, expert_parallel_size, zero_stage=zero)
     if has_checkpointing:
-        model.model.language_model.gradient_checkpointing_enable({"use_reentrant": False})
+        for module in model.checkpointed_modules():
+            module.gradient_checkpointing_enable({"use_reentrant": False})
     settings = OptimizerSettings(eps=EPS, weight_decay=WEIGHT_DECAY)
     engine = start_engine(
         model,
@@ -101,9 +108,8 @@ def start_training(
     return engine
 
 
-def _step(engine: Any, case: Case, step: int, world: World) -> float:
-    """The step's loss over all ranks."""
-    every = batches(case.problem, step)
+def _step(engine: Any, every: Sequence[Any], world: World) -> float:
+    """The step's loss over all ranks. every: micro-batches of all ranks."""
     mine = [MicroBatch(batch, (), 1) for batch in every[world.rank :: world.size]]
     counts = count_step(mine, is_stopping=False, device=world.device)
     losses = run_step(engine, mine, divisor=counts.supervised / len(every), device=world.device, counter=None)

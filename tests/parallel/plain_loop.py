@@ -17,7 +17,7 @@ from tests.parallel.problems import CLIP, EPS, LEARNING_RATE, WEIGHT_DECAY, Outc
 def solve(problem: Problem) -> Outcome:
     """Losses, norms and parameters on one process."""
     model = build(problem)
-    optimizer = torch.optim.AdamW(_groups(model), lr=LEARNING_RATE, eps=EPS)
+    optimizer = torch.optim.AdamW(groups(model), lr=LEARNING_RATE, eps=EPS)
     losses, norms = [], []
     for step in range(problem.num_steps):
         optimizer.zero_grad()
@@ -49,7 +49,7 @@ def _token_losses(logits: Tensor, labels: Tensor) -> Tensor:
     return cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
 
 
-def _groups(model: nn.Module) -> list[dict]:
+def groups(model: nn.Module) -> list[dict]:
     """Weight decay for matrices; none for norms and biases, stacked biases of experts among them."""
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     plain = [p for name, p in trained if p.dim() == 1 or name.rpartition(".")[2] in ("b1", "b2", "b3")]

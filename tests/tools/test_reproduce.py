@@ -1,4 +1,4 @@
-"""The paper's tables made again: their numbers, what is trained for them, and that a run begun from shared dense stages
+"""Tables of papers made again: their numbers, what is trained for them, and that a run begun from shared dense stages
 is the unbroken one."""
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 import yaml
 from PIL import Image
 
+from moe_lvlm.analysis.paths import PathStatistics
 from moe_lvlm.analysis.statistics import RoutingStatistics
 from moe_lvlm.routing.trace import RoutingTrace
 from moe_lvlm.routing.types import Modality, RoutingContext, RoutingDecision, Site
@@ -49,38 +50,67 @@ def reproduce(import_tool: Import) -> ModuleType:
 # the paper's numbers
 
 
+TABLES = {
+    "ltdr": ["table1", "table3", "table4", "table5", "table6", "table7", "table11", "table12", "figure1b", "figure4",
+             "figure5", "claims"],
+    "qmoe": ["table1", "table2", "table3", "table4", "table5", "table6", "figure3", "claims"],
+}  # fmt: skip
+
+
 def test_list_names_every_table_and_its_rows(reproduce: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     assert reproduce.main(["--list"]) == 0
-    listed = capsys.readouterr().out
-    tables = [line.split()[0] for line in listed.splitlines() if not line.startswith(" ")]
-    assert tables == [
-        "table1", "table3", "table4", "table5", "table6", "table7", "table11", "table12", "figure1b", "figure4",
-        "figure5", "claims",
-    ]  # fmt: skip
-    assert "shared_1x1_16x025" in listed
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines if not line.startswith(" ")] == list(TABLES)
+    tables = [line.split()[0] for line in lines if line.startswith("  ") and not line.startswith("   ")]
+    assert tables == [f"{paper}.{table}" for paper, names in TABLES.items() for table in names]
+    assert {"shared_1x1_16x025", "mix_coco_qmoe"} <= {line.split()[0] for line in lines}
 
 
-def test_every_row_is_a_recipe(import_tool: Import) -> None:
+@pytest.mark.parametrize("paper", TABLES)
+def test_every_row_is_a_recipe_and_every_recipe_a_row(import_tool: Import, paper: str) -> None:
     from moe_lvlm.config.load import list_recipes
 
-    tables = import_tool("reproducing.paper").read_tables()
-    assert {f"ltdr/{row.recipe}" for table in tables.values() for row in table.rows} <= set(list_recipes())
+    found = import_tool("reproducing.paper").read_paper(paper)
+    rows = {f"{found.recipes}/{row.recipe}" for table in found.tables.values() for row in table.rows}
+    assert rows == {name for name in list_recipes() if name.startswith(f"{found.recipes}/")}
 
 
 @pytest.mark.parametrize(
-    ("text", "name"),
-    [("3", "table3"), ("table12", "table12"), ("1b", "figure1b"), ("claims", "claims"), ("4", "table4")],
+    ("text", "paper", "tables"),
+    [
+        ("3", "ltdr", ["table3"]),
+        ("table12", "ltdr", ["table12"]),
+        ("1b", "ltdr", ["figure1b"]),
+        ("claims", "ltdr", ["claims"]),
+        ("4", "ltdr", ["table4"]),
+        ("ltdr.table3", "ltdr", ["table3"]),
+        ("qmoe.table4", "qmoe", ["table4"]),
+        ("qmoe.4", "qmoe", ["table4"]),
+        ("qmoe.3", "qmoe", ["table3"]),
+        ("qmoe.figure3", "qmoe", ["figure3"]),
+        ("qmoe.claims", "qmoe", ["claims"]),
+        ("all", "ltdr", TABLES["ltdr"]),
+        ("qmoe.all", "qmoe", TABLES["qmoe"]),
+    ],
 )
-def test_tables_have_short_names(import_tool: Import, text: str, name: str) -> None:
-    paper = import_tool("reproducing.paper")
-    assert [table.name for table in paper.choose(text, paper.read_tables())] == [name]
+def test_tables_have_short_names(import_tool: Import, text: str, paper: str, tables: list[str]) -> None:
+    module = import_tool("reproducing.paper")
+    found, chosen = module.choose(text, module.read_papers())
+    assert found.name == paper
+    assert [table.name for table in chosen] == tables
 
 
 def test_unknown_names_are_told(reproduce: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     assert reproduce.main(["table2"]) == 2
     assert "'table2': no such table; allowed: table1, table3" in capsys.readouterr().err
+    assert reproduce.main(["qmoe.table7"]) == 2
+    assert "'qmoe.table7': no such table; allowed: table1, table2" in capsys.readouterr().err
+    assert reproduce.main(["moe.table1"]) == 2
+    assert "'moe.table1': no paper 'moe'; allowed: ltdr, qmoe, before a dot" in capsys.readouterr().err
     assert reproduce.main(["3", "--rows", "dar,vht"]) == 2
     assert "vht: not in table3; allowed: moe_llava_stablelm, dar, eea" in capsys.readouterr().err
+    assert reproduce.main(["qmoe.all", "--rows", "pre"]) == 2
+    assert "--rows: rows of one table, but TABLE is qmoe.all" in capsys.readouterr().err
     with pytest.raises(SystemExit) as ended:
         reproduce.main([])
     assert ended.value.code == 2
@@ -88,8 +118,30 @@ def test_unknown_names_are_told(reproduce: ModuleType, capsys: pytest.CaptureFix
 
 def test_chosen_rows_keep_their_baselines(import_tool: Import) -> None:
     paper = import_tool("reproducing.paper")
-    kept = paper.keep_rows(paper.read_tables()["table1"], ("ltdr_qwen",))
+    papers = paper.read_papers()
+    kept = paper.keep_rows(papers["ltdr"].tables["table1"], ("ltdr_qwen",))
     assert [row.recipe for row in kept.rows] == ["moe_llava_qwen", "ltdr_qwen"]
+    kept = paper.keep_rows(papers["qmoe"].tables["table6"], ("mix_coco_qmoe",))
+    assert [row.recipe for row in kept.rows] == ["mix_coco_qformer", "mix_coco_qmoe"]
+
+
+def test_a_wrong_paper_is_told(import_tool: Import, tmp_path: Path) -> None:
+    module = import_tool("reproducing.paper")
+
+    def error(**changes: Any) -> str:
+        row = {"recipe": "a", "label": "A", "paper": [1.0]} | changes
+        table = {"title": "T", "kind": row.pop("kind", "scores"), "columns": ["x"], "baseline": "a", "rows": [row]}
+        data = {"title": "P", "recipes": "p", "unit": "u", "scores": {}, "tables": {"table1": table}}
+        (tmp_path / "p.yaml").write_text(yaml.safe_dump(data))
+        with pytest.raises(ValueError) as caught:
+            module.read_paper("p", tmp_path)
+        return str(caught.value)
+
+    assert error(paper=[1.0, 2.0]).endswith("p.yaml: table1: a: 2 values; allowed: 1, one a column")
+    assert error(paper=[]).endswith("table1: a: 0 values; allowed: 1, one a column")
+    assert error(baseline="b").endswith("table1: a: baseline 'b' is no row of the table; allowed: a")
+    assert error(over=["y"]).endswith("table1: a: over: y; allowed: x")
+    assert error(kind="plot").endswith("table1: kind 'plot'; allowed: scores, timing, figure, claims")
 
 
 # what is trained
@@ -161,6 +213,15 @@ def test_rows_of_the_paper_share_dense_stages(reproduce: ModuleType, tmp_path: P
     assert not list(tmp_path.iterdir())
 
 
+def test_a_connector_has_no_dense_stages_to_share(reproduce: ModuleType, tmp_path: Path, capsys: Any) -> None:
+    """One run a recipe: 4 of table 1, 4 of tables 3 and 4, 4 of table 5, 6 of table 6."""
+    assert reproduce.main(["qmoe.all", "--dry-run", "--out", str(tmp_path)]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")]
+    assert len(lines) == 1 + 4 + 4 + 4 + 6
+    assert {"qmoe_vicuna-tiny-s0  [to do]  qmoe_vicuna", "post-tiny-s0  [to do]  post"} <= set(lines)
+    assert not list(tmp_path.iterdir())
+
+
 # jobs
 
 
@@ -223,17 +284,42 @@ def test_gpus_are_shared_out(import_tool: Import, tmp_path: Path, monkeypatch: p
 def test_figures_are_drawn(import_tool: Import, run_statistics: RoutingStatistics, tmp_path: Path) -> None:
     results, paper, figures = (import_tool(f"reproducing.{name}") for name in ("results", "paper", "figures"))
     one = results.RunResult(
-        name="a", folder="", seed=0, scores={}, train_seconds={}, eval_seconds=1.0, jobs=1, environment=None,
-        routing=run_statistics,
+        name="a", folder="", seed=0, scores={}, parameters=1, train_seconds={}, eval_seconds=1.0, jobs=1,
+        environment=None, routing=run_statistics,
     )  # fmt: skip
     found = results.Results(2, {"moe_llava_stablelm": [one, one], "dar": [one, None], "ltdr_stablelm": [one, one]})
-    tables = paper.read_tables()
+    tables = paper.read_paper("ltdr").tables
     for name in ("figure1b", "figure4", "figure5"):
-        path = figures.draw(tables[name], found, tmp_path)
+        path = figures.draw("ltdr", tables[name], found, tmp_path)
+        assert path == tmp_path / f"ltdr-{name}.png"
         assert Image.open(path).size[0] > 500
-    assert figures.draw(tables["figure4"], results.Results(1, {}), tmp_path) is None
+    assert figures.draw("ltdr", tables["figure4"], results.Results(1, {}), tmp_path) is None
     pooled = figures.pooled(found, "moe_llava_stablelm")
     assert [values.tokens.tolist() for _, values in pooled.items()] == [[8, 12, 2]]  # of both seeds
+
+
+def test_the_heat_map_of_paths_is_drawn(import_tool: Import, tmp_path: Path) -> None:
+    """Figure 3: of the first run that has paths; a Q-Former has none."""
+    results, paper, figures = (import_tool(f"reproducing.{name}") for name in ("results", "paper", "figures"))
+    file = tmp_path / "paths.json"
+    counts = {"vqa": {"0-1": 3, "1-1": 1}, "caption": {"2-1": 4}}
+    file.write_text(json.dumps({"format": 1, "layers": [6, 7], "num_experts": 3, "counts": counts}))
+
+    def result(paths: PathStatistics | None) -> Any:
+        return results.RunResult(
+            name="a", folder="", seed=0, scores={}, parameters=1, train_seconds={}, eval_seconds=1.0, jobs=1,
+            environment=None, routing=None, paths=paths,
+        )  # fmt: skip
+
+    table = paper.read_paper("qmoe").tables["figure3"]
+    found = results.Results(2, {"qmoe_vicuna": [None, result(PathStatistics.load(file))]})
+    path = figures.draw("qmoe", table, found, tmp_path)
+    assert path == tmp_path / "qmoe-figure3.png"
+    assert Image.open(path).size[0] > 500
+    assert found.by_row["qmoe_vicuna"][1].to_json()["paths"]["counts"] == counts
+    assert figures.draw("qmoe", table, results.Results(1, {"qmoe_vicuna": [result(None)]}), tmp_path) is None
+    with pytest.raises(ValueError, match=r"ltdr\.figure3: no figure; allowed: ltdr\.figure1b"):
+        figures.draw("ltdr", table, found, tmp_path)
 
 
 @pytest.fixture
@@ -273,9 +359,10 @@ def made(import_tool: Import, inputs: Inputs, tmp_path_factory: pytest.TempPathF
 
 def make_session(import_tool: Import, inputs: Inputs, out: Path, *overrides: str) -> Any:
     session, plan, paper = (import_tool(f"reproducing.{name}") for name in ("session", "plan", "paper"))
-    table = paper.keep_rows(paper.read_tables()["claims"], ("ltdr_stablelm",))
-    table = paper.Table(name="claims", title=table.title, columns=(), rows=table.rows)
+    ltdr = paper.read_paper("ltdr")
+    table = paper.keep_rows(ltdr.tables["claims"], ("ltdr_stablelm",))
     return session.Session(
+        paper=ltdr,
         tables=(table,),
         plan=plan.make_plan([row.recipe for row in table.rows], 1, inputs.options(plan, out, overrides=overrides)),
         out=out,
@@ -378,6 +465,39 @@ def test_the_tool_makes_a_table(tmp_path: Path) -> None:
     assert data["failed"] == []
     assert set(data["runs"]) == {"moe_llava_stablelm-tiny-s0", "vht-tiny-s0"}
     assert "### Table 7" in (tmp_path / "table.md").read_text()
+
+
+@pytest.mark.slow
+def test_the_tool_makes_tables_of_q_moe(tmp_path: Path) -> None:
+    """Two steps of two recipes; then all that the claims and figure 3 need is there, and is not made anew."""
+    small = {"stages.0.steps": 2, "stages.0.micro_batch": 8, "stages.0.global_batch": 8, "train.log_every": 1}
+    small |= {f"evaluation.tasks.{place}.limit": 4 for place in range(4)}
+    overrides = [word for key, value in small.items() for word in ("--override", f"{key}={value}")]
+
+    def call(*arguments: str) -> tuple[str, dict[str, Any]]:
+        command = [sys.executable, str(ROOT / "tools" / "reproduce.py"), *arguments, "--out", str(tmp_path / "out"),
+                   "--json", str(tmp_path / "table.json"), *overrides]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=900)
+        assert done.returncode == 0, done.stderr
+        return done.stdout, json.loads((tmp_path / "table.json").read_text())
+
+    said, data = call("qmoe.1", "--rows", "qmoe_vicuna")
+    assert "ours: ocr" in said
+    assert "87.35" in said  # the paper's Average of Q-MoE
+    assert data["paper"] == "qmoe"
+    assert list(data["runs"]) == ["qformer_vicuna-tiny-s0", "qmoe_vicuna-tiny-s0"]
+    qformer, qmoe = data["runs"].values()
+    assert qformer["paths"] is None
+    assert sum(qmoe["paths"]["counts"]["vqa"].values()) == 4
+    assert qmoe["trained_parameters"] > qformer["trained_parameters"]
+    made = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/*/checkpoints/*")}
+
+    said, data = call("qmoe.claims", "--rows", "qmoe_vicuna")
+    assert [line[:3] for line in said.splitlines() if line.startswith("(")] == ["(a)", "(b)", "(c)", "(d)"]
+    assert [timed["recipe"] for timed in data["tables"]["claims"]["timed"]] == ["qformer_vicuna", "qmoe_vicuna"]
+    _, data = call("qmoe.figure3")
+    assert Path(data["tables"]["figure3"]["figure"]).is_file()
+    assert made == {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/*/checkpoints/*")}
 
 
 @pytest.mark.slow

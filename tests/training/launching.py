@@ -150,3 +150,11 @@ def living(pids: Sequence[int]) -> Iterator[int]:
         except ProcessLookupError:
             continue
         yield pid
+
+
+def kill_after(server: Server, command: Sequence[str], run: Path, stage: str, step: int) -> None:
+    """Start a run, and kill all its processes when it has logged this step."""
+    job = server.start(command)
+    job.wait_until(has_step(run, stage, step))
+    job.signal(signal.SIGKILL)
+    assert set(job.wait()) == {-signal.SIGKILL}

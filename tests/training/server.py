@@ -27,6 +27,7 @@ PRELOADED = (
     "PIL.PngImagePlugin",
     "torch.utils.tensorboard",
     "transformers.models.clip.modeling_clip",
+    "transformers.models.instructblip.modeling_instructblip",
     "transformers.models.llama.modeling_llama",
     "transformers.models.llava.modeling_llava",
     "moe_lvlm.training.run",

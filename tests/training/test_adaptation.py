@@ -16,7 +16,7 @@ from moe_lvlm.moe.upcycle import moe_layers
 from moe_lvlm.routing.dynamic import DynamicRouter
 from moe_lvlm.routing.types import Modality
 from moe_lvlm.training.adaptation import ExpertAdaptation, plan_change
-from tests.parallel.plain_loop import _groups, step_loss
+from tests.parallel.plain_loop import groups, step_loss
 from tests.parallel.problems import CLIP, EPS, LEARNING_RATE
 from tests.parallel.rank_server import RankServer
 from tests.training.adapting import ADAPT_EVERY, EXPECTED, NUM_EXPERTS, STEPS, Case, adapt, build, micro_batches
@@ -97,7 +97,7 @@ class Plain:
 
     def __init__(self) -> None:
         self.model = build()
-        self.optimizer = torch.optim.AdamW(_groups(self.model), lr=LEARNING_RATE, eps=EPS)
+        self.optimizer = torch.optim.AdamW(groups(self.model), lr=LEARNING_RATE, eps=EPS)
         self.taken: dict[str, list[int]] = {}
         self.adapted_from: list[list[int]] = []
         self.unrouted: dict[str, Tensor] = {}

@@ -36,6 +36,25 @@ def test_by_hand() -> None:
     assert rates(2, ScheduleSettings(warmup_steps=4)) == [0.25, 0.5]
 
 
+def test_warm_up_from_above_0() -> None:
+    """Q-MoE's 1e-6 to 5e-5 in 600 steps; a small one by hand; LAVIS' formula, whose warm-up is a step behind ours."""
+    schedule = ScheduleSettings(warmup_steps=4, warmup_from=0.2)
+    assert rates(6, schedule)[:5] == pytest.approx([0.4, 0.6, 0.8, 1.0, 1.0])
+    assert rates(6, schedule)[3:] == rates(6, ScheduleSettings(warmup_steps=4))[3:]
+
+    schedule = ScheduleSettings(warmup_steps=600, warmup_from=1e-6)
+    found = [learning_rate_at(step, num_steps=50_000, peak=5e-5, schedule=schedule) for step in range(600)]
+    assert found == pytest.approx([1e-6 + (5e-5 - 1e-6) * (step + 1) / 600 for step in range(600)])
+    assert found[-1] == 5e-5
+
+
+def test_from_0_is_the_ratio_to_the_bit() -> None:
+    for warmup in (3, 7, 600):
+        found = [learning_rate_at(step, num_steps=1000, peak=3e-4, schedule=ScheduleSettings(warmup_steps=warmup))
+                 for step in range(warmup)]  # fmt: skip
+        assert found == [3e-4 * (step + 1) / warmup for step in range(warmup)]
+
+
 @pytest.mark.parametrize("warmup", [0, 1, 5])
 @pytest.mark.parametrize("kind", ["cosine", "linear"])
 def test_after_warm_up_as_transformers(kind: str, warmup: int) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.training.conftest import OVERRIDES
-from tests.training.launching import Server, events, has_step
+from tests.training.launching import Server, events, kill_after
 from tests.training.states import assert_same_checkpoint
 
 pytestmark = pytest.mark.distributed
@@ -23,13 +23,6 @@ def assert_same_run(run: Path, unbroken: Path) -> None:
     assert events(run).steps() == events(unbroken).steps()
     for name in CHECKPOINTS:
         assert_same_checkpoint(run / "checkpoints" / name, unbroken / "checkpoints" / name)
-
-
-def kill_after(server: Server, command: list[str], run: Path, stage: str, step: int) -> None:
-    job = server.start(command)
-    job.wait_until(has_step(run, stage, step))
-    job.signal(signal.SIGKILL)
-    assert set(job.wait()) == {-signal.SIGKILL}
 
 
 def kill_in_save(server: Server, command: list[str], fsync: int) -> None:

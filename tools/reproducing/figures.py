@@ -1,4 +1,4 @@
-"""The paper's figures 1b, 4 and 5, of our runs."""
+"""Figures of the papers, of our runs: LTDR's 1b, 4 and 5, Q-MoE's 3."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from moe_lvlm.analysis.measures import MODALITIES, site_name
+from moe_lvlm.analysis.plots.paths import paths_by_task
 from moe_lvlm.analysis.plots.routing import merged_bins
 from moe_lvlm.analysis.plots.style import CHANCE, INK, LANGUAGE, SKY, VISION, panels, percent, save, styled
 from moe_lvlm.analysis.statistics import RoutingStatistics, SiteStatistics
@@ -22,21 +23,27 @@ _COLORS = {Modality.LANGUAGE: LANGUAGE, Modality.VISION: VISION}
 Panel = Callable[[Axes, SiteStatistics], None]
 
 
-def draw(table: Table, results: Results, folder: Path) -> Path | None:
-    """Write a figure's PNG; None where no run of it has routing statistics.
+def draw(paper: str, table: Table, results: Results, folder: Path) -> Path | None:
+    """Write a figure's PNG; None where no run of it has what it shows.
 
     Raises:
         ValueError: the table is no figure that we draw.
     """
-    drawers = {"figure1b": _figure_1b, "figure4": _figure_4, "figure5": _figure_5}
-    if table.name not in drawers:
-        raise ValueError(f"{table.name}: no figure; allowed: {', '.join(drawers)}")
+    drawers = {
+        "ltdr.figure1b": _figure_1b,
+        "ltdr.figure4": _figure_4,
+        "ltdr.figure5": _figure_5,
+        "qmoe.figure3": _paths_by_task,
+    }
+    name = f"{paper}.{table.name}"
+    if name not in drawers:
+        raise ValueError(f"{name}: no figure; allowed: {', '.join(drawers)}")
     with styled():
-        figure = drawers[table.name](table, results)
+        figure = drawers[name](table, results)
     if figure is None:
         return None
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{table.name}.png"
+    path = folder / f"{paper}-{table.name}.png"
     save(figure, path)
     return path
 
@@ -161,3 +168,10 @@ def _head_and_tail(axis: Axes, values: SiteStatistics) -> None:
         axis.text(
             0.98, 0.94 - 0.11 * place, f"{name} {mean:.4f}", transform=axis.transAxes, fontsize=7.5, ha="right", va="top"
         )  # fmt: skip
+
+
+def _paths_by_task(table: Table, results: Results) -> Figure | None:
+    """Shares of tasks by path; of the first seed of the first row, since experts have no identity across seeds."""
+    found = (one.paths for row in table.rows for one in results.by_row.get(row.recipe, ()) if one is not None)
+    paths = next((one for one in found if one is not None), None)
+    return None if paths is None else paths_by_task(paths)

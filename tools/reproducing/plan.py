@@ -16,7 +16,6 @@ from moe_lvlm.config.load import load_recipe
 from moe_lvlm.config.moe import MoEConfig
 from moe_lvlm.config.recipe import Recipe
 
-RECIPES = "ltdr"
 MARK = "reproduce.json"  # in each of our folders: what it holds, before anything is trained
 _DIGEST_LENGTH = 12
 
@@ -28,8 +27,8 @@ class Options:
 
     scale: str | None
     out: Path
+    recipes: str
     processes: int = 1
-    recipes: str = RECIPES
     overrides: tuple[str, ...] = ()
 
 

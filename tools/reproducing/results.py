@@ -2,39 +2,44 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from moe_lvlm.analysis.measures import MODALITIES, site_name
+from moe_lvlm.analysis.paths import PathStatistics, path_label
 from moe_lvlm.analysis.run_folder import RunFolder
 from moe_lvlm.analysis.statistics import RoutingStatistics, SiteStatistics
 from reproducing.plan import Plan, Run
 from reproducing.runs import evaluation, is_evaluated, is_trained
 from reproducing.spread import Values, mean_of
 
-MEAN = "mean"
+PARAMETERS = "parameters"
 # numbers of metrics.json that are no shares of 1
-_NOT_SHARES = ("perception", "cognition", "n")
+_NOT_SHARES = ("perception", "cognition", "n", "words", "reference_words")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunResult:
     """One seed of one recipe.
 
-    scores: `<task>.<number>` -> value, shares in per cent. train_seconds: by stage, of the logged steps.
-    eval_seconds: of the whole `eval` command. jobs: how many runs went beside each other in the evaluation.
+    scores: `<task>.<number>` -> value, shares in per cent. parameters: that the last stage trained. train_seconds: by
+    stage, of the logged steps. eval_seconds: of the whole `eval` command. jobs: how many runs went beside each other in the
+    evaluation. routing: of the language model's experts. paths: of the connector's. Each None where there are none.
     """
 
     name: str
     folder: str
     seed: int
     scores: Mapping[str, float]
+    parameters: int
     train_seconds: Mapping[str, float]
     eval_seconds: float
     jobs: int
     environment: str | None
     routing: RoutingStatistics | None
+    paths: PathStatistics | None = None
 
     @property
     def tasks(self) -> tuple[str, ...]:
@@ -52,11 +57,13 @@ class RunResult:
             "seed": self.seed,
             "scores": dict(self.scores),
             "mean_accuracy": self.mean_accuracy(),
+            "trained_parameters": self.parameters,
             "train_seconds": dict(self.train_seconds),
             "eval_seconds": self.eval_seconds,
             "jobs": self.jobs,
             "expert_rows_per_token": expert_rows_per_token(self.routing),
             "routing": None if self.routing is None else _routing_json(self.routing),
+            "paths": None if self.paths is None else _paths_json(self.paths),
             "environment": self.environment,
         }
 
@@ -69,10 +76,10 @@ class Results:
     by_row: Mapping[str, Sequence[RunResult | None]]
 
     def values(self, recipe: str, key: str) -> Values:
-        """A score of each seed; `mean` is the mean accuracy over tasks."""
+        """A score of each seed; `parameters` are those that were trained, in millions."""
         found = self.by_row[recipe]
-        if key == MEAN:
-            return [None if one is None else one.mean_accuracy() for one in found]
+        if key == PARAMETERS:
+            return [None if one is None else one.parameters / 1e6 for one in found]
         return [None if one is None else one.scores.get(key) for one in found]
 
     @property
@@ -106,11 +113,13 @@ def _read(run: Run) -> RunResult:
         folder=str(run.folder),
         seed=run.seed,
         scores={key: value for key, value in scores.items() if not key.endswith((".n", ".majority"))},
+        parameters=folder.stages[-1]["trainable"],
         train_seconds=seconds,
         eval_seconds=made["seconds"],
         jobs=made["jobs"],
         environment=folder.environment,
         routing=folder.routing,
+        paths=folder.paths,
     )
 
 
@@ -145,3 +154,16 @@ def _routing_json(routing: RoutingStatistics) -> dict[str, Any]:
             "foreground_share": None if agreement is None else agreement.foreground_share,
         }
     return found
+
+
+def _paths_json(paths: PathStatistics) -> dict[str, Any]:
+    """Images by task and path, and what a path tells of the task."""
+    information = paths.task_information()
+    return {
+        "layers": paths.layers,
+        "num_experts": paths.num_experts,
+        "counts": {
+            task: {path_label(path): count for path, count in paths.counts(task).items()} for task in paths.tasks
+        },
+        "information": dataclasses.asdict(information) | {"p_value": information.p_value},
+    }

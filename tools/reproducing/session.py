@@ -15,13 +15,12 @@ from bench.report import describe_hardware
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from reproducing import timing
-from reproducing.claims import claim_grids, cost_grid
+from reproducing import ltdr_claims, qmoe_claims, timing
 from reproducing.figures import draw
 from reproducing.grid import Grid
 from reproducing.jobs import Job, Launcher, launch_command, run_jobs
 from reproducing.machine import Machine
-from reproducing.paper import Table, benchmark_scores, read_tables
+from reproducing.paper import Paper, Table
 from reproducing.plan import Dense, Plan, Run
 from reproducing.results import Results, read_results
 from reproducing.runs import (
@@ -39,6 +38,8 @@ from reproducing.runs import (
 from reproducing.scores import score_grids
 
 FIGURES, LOGS = "figures", "logs"
+# what a paper claims, measured
+_CLAIMS = {"ltdr": ltdr_claims.claim_grids, "qmoe": qmoe_claims.claim_grids}
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +52,9 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Session:
-    """Tables that are wanted, and the runs that they need."""
+    """Tables of a paper that are wanted, and the runs that they need."""
 
+    paper: Paper
     tables: tuple[Table, ...]
     plan: Plan
     out: Path
@@ -136,7 +138,13 @@ class Session:
         recipes = list(dict.fromkeys(row.recipe for table in self.tables for row in table.rows))
         results = read_results(self.plan, recipes, self.seeds)
         grids: list[Grid] = []
-        data: dict[str, Any] = {"scale": self.scale, "seeds": self.seeds, "hardware": _hardware(), "tables": {}}
+        data: dict[str, Any] = {
+            "paper": self.paper.name,
+            "scale": self.scale,
+            "seeds": self.seeds,
+            "hardware": _hardware(),
+            "tables": {},
+        }
         for table in self.tables:
             made, more = self._table(table, results)
             grids += made
@@ -146,7 +154,7 @@ class Session:
                     "recipe": row.recipe,
                     "label": row.label,
                     "baseline": row.baseline,
-                    "paper": dict(zip(table.columns, row.paper, strict=True)),
+                    "paper": dict(zip(table.columns, row.paper, strict=True)) if row.paper else {},
                     "runs": [None if one is None else one.name for one in results.by_row[row.recipe]],
                 }
                 for row in table.rows
@@ -156,26 +164,32 @@ class Session:
         return grids, data
 
     def _table(self, table: Table, results: Results) -> tuple[list[Grid], dict[str, Any]]:
-        if table.name.startswith("figure"):
-            path = draw(table, results, self.out / FIGURES)
-            return [], {"figure": None if path is None else str(path)}
-        scores = score_grids(table, results, self.scale, benchmark_scores()) if table.name != "table4" else []
-        if table.name == "table4":
-            timed, more = self._timed(table, results)
-            return [*timed, cost_grid(table, results)], more
-        if table.name == "claims":
-            timed, more = self._timed(read_tables()["table4"], results)
-            return [*claim_grids(table, results), *scores, cost_grid(table, results), *timed], more
-        return scores, {}
+        """A table's grids, and what its data hold besides."""
+        timed: list[timing.Timed] = []
 
-    def _timed(self, table: Table, results: Results) -> tuple[list[Grid], dict[str, Any]]:
+        def time_rows(table: Table) -> list[Grid]:
+            timed.extend(self._timed(table, results))
+            return [timing.timing_grid(table, timed)] if timed else []
+
+        if table.kind == "figure":
+            path = draw(self.paper.name, table, results, self.out / FIGURES)
+            return [], {"figure": None if path is None else str(path)}
+        if table.kind == "timing":
+            cost = ltdr_claims.expert_cost_grid("Cost by token and run", table, results)
+            grids = [*time_rows(table), cost]
+        elif table.kind == "claims":
+            grids = _CLAIMS[self.paper.name](self.paper, table, results, self.scale, time_rows)
+        else:
+            grids = score_grids(self.paper, table, results, self.scale)
+        return grids, {"timed": timing.to_json(timed)} if timed else {}
+
+    def _timed(self, table: Table, results: Results) -> list[timing.Timed]:
         """Seed 0 measured turn about; nothing at full scale, where models do not fit beside each other and the logs'
         seconds, of one run at a time, must do."""
         wanted = [row.recipe for row in table.rows]
         if self.scale == "full" or not all(results.by_row.get(recipe, [None])[0] for recipe in wanted):
-            return [], {}
-        timed = timing.measure([(recipe, self.plan.of(recipe, 0)) for recipe in wanted])
-        return [timing.timing_grid(table, timed)], {"timed": timing.to_json(timed)}
+            return []
+        return timing.measure([(recipe, self.plan.of(recipe, 0)) for recipe in wanted])
 
 
 def _state(one: Run | Dense) -> str:

@@ -21,12 +21,31 @@ class Spread:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Of values that belong together seed by seed. agree: seeds whose difference has the sign of the mean."""
+    """Of values that belong together seed by seed. agree: seeds whose difference has the sign of the mean. ties: seeds
+    without a difference."""
 
     mean: float
     sd: float | None
     n: int
     agree: int
+    ties: int = 0
+
+    @property
+    def sign_p(self) -> float | None:
+        """Two-sided p of the exact sign test: so many seeds or more with the same sign, were either as likely. Ties are
+        left out; None if there are only ties."""
+        n = self.n - self.ties
+        if n == 0:
+            return None
+        most = max(self.agree, n - self.agree)
+        return min(1.0, 2 * sum(math.comb(n, count) for count in range(most, n + 1)) / 2**n)
+
+    @property
+    def t_p(self) -> float | None:
+        """Two-sided p of the paired t test; None of a single seed, or where all differences are the same."""
+        if not self.sd:
+            return None
+        return student_p(self.mean / (self.sd / math.sqrt(self.n)), self.n - 1)
 
 
 def spread(values: Values) -> Spread | None:
@@ -49,7 +68,21 @@ def difference(values: Values, baseline: Values) -> Difference | None:
     if whole is None:
         return None
     agree = sum(math.copysign(1, value) == math.copysign(1, whole.mean) and value != 0 for value in found)
-    return Difference(whole.mean, whole.sd, whole.n, agree)
+    return Difference(whole.mean, whole.sd, whole.n, agree, ties=found.count(0))
+
+
+def student_p(t: float, df: int) -> float:
+    """P(|T| >= |t|) of Student's t with a whole number of degrees of freedom (Abramowitz and Stegun, 26.7.3 and 4)."""
+    theta = math.atan(abs(t) / math.sqrt(df))
+    cosine = math.cos(theta)
+    # cos^m times (2 4 ... m - 1) / (3 5 ... m) for odd m, (1 3 ... m - 1) / (2 4 ... m) for even m
+    term = cosine if df % 2 else 1.0
+    total = 0.0
+    for power in range(1 if df % 2 else 0, df - 1, 2):
+        total += term
+        term *= cosine**2 * (power + 1) / (power + 2)
+    inside = math.sin(theta) * total
+    return 1 - (2 / math.pi * (theta + inside) if df % 2 else inside)
 
 
 def mean_of(values: Values) -> float | None:

@@ -20,7 +20,7 @@ from moe_lvlm.evaluation.questions import read_questions
 from moe_lvlm.models.processor import num_image_tokens
 from moe_lvlm.training.step import to_device
 from moe_lvlm.training.trainable import select_trainable
-from reproducing.grid import Grid
+from reproducing.grid import NOTHING, Grid
 from reproducing.paper import Table
 from reproducing.plan import Run
 
@@ -46,7 +46,8 @@ class _Contender:
         self.loaded = load_run(run.folder, run.recipe, device=None, dtype=None)
         self.task = run.recipe.evaluation.tasks[0]
         questions = read_questions(self.task, run.recipe.data, limit=NUM_QUESTIONS)
-        self.prompts = [self.loaded.builder.prompt(one.turns, one.load_images()) for one in questions]
+        prompt = self.loaded.builder.prompt
+        self.prompts = [prompt(one.turns, one.load_images(), connector_words=one.connector_words) for one in questions]
         self.batch_size = run.recipe.evaluation.batch_size
         self.batches = _batches(run.recipe, self.loaded)
         select_trainable(self.loaded.model, run.recipe.stages[-1].train)
@@ -90,6 +91,7 @@ def _batches(recipe: Recipe, loaded: LoadedRun) -> list[MicroBatch]:
         loaded.processor,
         num_image_tokens,
         seed,
+        answers_apart=loaded.model.config.is_answer_apart,
     )
     order = StepOrder(
         seed=seed, epoch_size=len(dataset), micro_batch=stage.micro_batch, global_batch=stage.global_batch
@@ -128,9 +130,11 @@ def measure(runs: Sequence[tuple[str, Run]], *, rounds: int = ROUNDS) -> list[Ti
 
 
 def timing_grid(table: Table, timed: Sequence[Timed]) -> Grid:
-    """Medians, and the median over rounds of the ratio to the baseline, beside the paper's times and ratios."""
+    """Medians, and the median over rounds of the ratio to the baseline, beside the paper's times and ratios if it prints
+    some: of training in the first column, of inference in the last."""
     by_recipe = {one.recipe: one for one in timed}
     paper = {row.recipe: row.paper for row in table.rows}
+    has_paper = any(paper.values())
     rows = []
     for row in table.rows:
         if row.recipe not in by_recipe or row.baseline not in by_recipe:
@@ -138,21 +142,29 @@ def timing_grid(table: Table, timed: Sequence[Timed]) -> Grid:
         ours, base = by_recipe[row.recipe], by_recipe[row.baseline]
         cells = [row.label]
         for mine, theirs, place in ((ours.train, base.train, 0), (ours.inference, base.inference, -1)):
-            printed, reference = row.paper[place], paper[row.baseline][place]
             cells += [f"{statistics.median(mine):.2f}", _ratio(mine, theirs)]
-            cells += ["-"] * 2 if printed is None or not reference else [f"{printed:.0f}", f"{printed / reference:.2f}"]
+            if has_paper:
+                cells += _printed(row.paper[place], paper[row.baseline][place])
         rows.append(tuple(cells))
-    columns = (
-        "", "training, s", "ratio", "paper, s", "ratio", "inference, s", "ratio", "paper, s", "ratio",
-    )  # fmt: skip
+    heads = ["training, s", "ratio", "inference, s", "ratio"]
+    if has_paper:
+        heads = [*heads[:2], "paper, s", "ratio", *heads[2:], "paper, s", "ratio"]
     threads = torch.get_num_threads()
     notes = (
         f"ours: seed 0, {ROUNDS} rounds in one process turn about after one that does not count, {threads} thread(s); "
         "medians, and medians of the ratio to the baseline of the same round (smallest and largest)",
-        f"training: forward and backward of {NUM_BATCHES} micro-batches of the sparse stage, without the optimizer; "
-        f"inference: up to {NUM_QUESTIONS} answers; the paper's: a whole training, the mean of seven benchmarks",
+        f"training: forward and backward of {NUM_BATCHES} micro-batches of the last stage, without the optimizer; "
+        f"inference: up to {NUM_QUESTIONS} answers"
+        + ("; the paper's: a whole training, the mean of seven benchmarks" if has_paper else ""),
     )
-    return Grid("Table 4: running time, measured turn about", columns, tuple(rows), notes)
+    title = f"{table.heading if has_paper else 'Running time'}, measured turn about"
+    return Grid(title, ("", *heads), tuple(rows), notes)
+
+
+def _printed(seconds: float | None, baseline: float | None) -> list[str]:
+    if seconds is None or not baseline:
+        return [NOTHING, NOTHING]
+    return [f"{seconds:.0f}", f"{seconds / baseline:.2f}"]
 
 
 def _ratio(mine: Sequence[float], theirs: Sequence[float]) -> str:

@@ -27,20 +27,24 @@ _LABELLED_SHARE = 0.06
 
 
 def accuracy_by_task(scores: Sequence[Score]) -> Figure:
-    """Accuracy of each task as a bar, with its majority baseline as a mark."""
+    """Accuracy of each task as a bar, with its majority baseline as a mark. A score that is no share (CIDEr) stands on the
+    same axis a hundredfold, as is usual, and says so."""
     with styled():
         figure, (axis,) = panels(1, max_columns=1, width=7.0, height=1.1 + 0.42 * len(scores))
         y = np.arange(len(scores))
         accuracy = [score.accuracy for score in scores]
+        are_shares = all(score.is_share for score in scores)
+        right = max([1.0, *(1.08 * max(score.accuracy, score.majority) for score in scores if not score.is_share)])
         axis.barh(y, accuracy, height=0.58, color=BLUE, label="model")
         for place, score in enumerate(scores):
             label = "majority answer" if place == 0 else None
             axis.plot([score.majority] * 2, [place - 0.38, place + 0.38], color=VERMILION, linewidth=2.4, label=label)
-            inside = score.accuracy > 0.12
+            text = f"{score.accuracy:.1%}" if score.is_share else f"{100 * score.accuracy:.1f} {score.unit}"
+            inside = score.accuracy > (0.12 if score.is_share else 0.25) * right
             axis.text(
-                score.accuracy + (-0.012 if inside else 0.012),
+                score.accuracy + (-0.012 if inside else 0.012) * right,
                 place,
-                f"{score.accuracy:.1%}",
+                text,
                 va="center",
                 ha="right" if inside else "left",
                 color="white" if inside else "#22262B",
@@ -48,9 +52,9 @@ def accuracy_by_task(scores: Sequence[Score]) -> Figure:
             )
         axis.set_yticks(y, [f"{score.task}  (n = {score.n})" for score in scores])
         axis.invert_yaxis()
-        axis.set_xlim(0, 1)
-        axis.xaxis.set_major_formatter(percent)
-        axis.set_xlabel("accuracy")
+        axis.set_xlim(0, right)
+        axis.xaxis.set_major_formatter(percent if are_shares else lambda value, _: f"{100 * value:g}")
+        axis.set_xlabel("accuracy" if are_shares else "accuracy in %, or 100 x CIDEr")
         axis.grid(visible=False, axis="y")
         handles, labels = axis.get_legend_handles_labels()
         figure.legend(handles[::-1], labels[::-1], loc="outside upper center", ncols=2)

@@ -9,6 +9,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from moe_lvlm.analysis.measures import site_of
 from moe_lvlm.analysis.plots.style import (
     BLUE,
     CHANCE,
@@ -20,6 +21,7 @@ from moe_lvlm.analysis.plots.style import (
     spread,
     styled,
 )
+from moe_lvlm.routing.types import LANGUAGE_MODEL
 
 Steps = Sequence[dict[str, Any]]
 
@@ -42,13 +44,17 @@ def loss_by_stage(steps: Steps) -> Figure:
     return figure
 
 
-def load_over_training(steps: Steps) -> Figure | None:
-    """Share of a modality's assignments that each expert gets, by step: one column a MoE layer. None without MoE."""
-    routed = [step for step in steps if step.get("expert_load")]
+def load_over_training(steps: Steps, *, part: str = LANGUAGE_MODEL) -> Figure | None:
+    """Share of a modality's assignments that each expert gets, by step: one column a MoE layer of a part of the model.
+    None without one, or where nothing passed it. In a connector all visual tokens of an image are assigned together."""
+    routed = [step for step in steps if any(site_of(name).part == part for name in step.get("expert_load") or ())]
     if not routed:
         return None
-    layers = spread(sorted({layer for step in routed for layer in step["expert_load"]}, key=_layer_order), _MAX_LAYERS)
+    found = {name for step in routed for name in step["expert_load"] if site_of(name).part == part}
+    layers = spread(sorted(found, key=site_of), _MAX_LAYERS)
     modalities = [kind for kind in ("language", "vision") if any(_row_sum(step, layers, kind) for step in routed)]
+    if not modalities:
+        return None
     with styled():
         figure = Figure(figsize=(1.4 + 2.5 * max(len(layers), 2), 2.3 * len(modalities) + 0.4), layout="constrained")
         grid = figure.subplots(len(modalities), len(layers), squeeze=False, sharex=True, sharey=True)
@@ -57,8 +63,9 @@ def load_over_training(steps: Steps) -> Figure | None:
             for column, layer in enumerate(layers):
                 axis = grid[row][column]
                 num_experts = max(num_experts, _load_lines(axis, routed, layer, kind))
-                axis.set_title(f"Layer {layer}" if row == 0 else "")
-            grid[row][0].set_ylabel(f"{kind} tokens\nshare of assignments")
+                axis.set_title(f"Layer {site_of(layer).layer}" if row == 0 else "")
+            rows = f"{kind} tokens" if part == LANGUAGE_MODEL else "images"
+            grid[row][0].set_ylabel(f"{rows}\nshare of assignments")
             grid[row][0].yaxis.set_major_formatter(percent)
         for axis in grid[-1]:
             axis.set_xlabel("training step")
@@ -121,9 +128,3 @@ def _row_sum(step: dict[str, Any], layers: Sequence[str], kind: str) -> int:
 
 def _stage_names(steps: Steps) -> list[str]:
     return list(dict.fromkeys(step["stage"] for step in steps))
-
-
-def _layer_order(layer: str) -> tuple[str, int]:
-    """Numerically within a part: "10" after "2"."""
-    part, _, index = layer.rpartition(".")
-    return part, int(index)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from moe_lvlm.evaluation.metrics.choice import CHOICE
+from moe_lvlm.evaluation.metrics.cider import CIDER
 from moe_lvlm.evaluation.metrics.exact import EXACT_MATCH, exact_match, majority_baseline, normalize_answer
 from moe_lvlm.evaluation.metrics.mme import MME
 from moe_lvlm.evaluation.metrics.outcome import Metric, Outcome, TaskScore, Truth
@@ -18,6 +20,7 @@ METRICS: dict[str, Metric] = {
     "vqa": VQA,
     "yes_no": YES_NO,
     "mme": MME,
+    "cider": CIDER,
 }
 """By the name that a recipe gives them (`evaluation.tasks`, `metric`)."""
 
@@ -25,31 +28,46 @@ __all__ = [
     "METRICS",
     "Metric",
     "Outcome",
+    "SetScores",
     "TaskScore",
     "Truth",
     "exact_match",
     "majority_baseline",
     "normalize_answer",
     "score_by_task",
+    "score_set",
 ]
+
+
+@dataclass(frozen=True, slots=True)
+class SetScores:
+    """credits: of each outcome, in their order. by_task: each task's score, tasks in alphabetical order."""
+
+    credits: list[float]
+    by_task: dict[str, TaskScore]
+
+
+def score_set(outcomes: Sequence[Outcome], metric: str = "exact_match") -> SetScores:
+    """Credits and scores of an evaluation set by one metric."""
+    places_by_task: defaultdict[str, list[int]] = defaultdict(list)
+    for place, outcome in enumerate(outcomes):
+        places_by_task[outcome.task].append(place)
+    credits = [0.0] * len(outcomes)
+    by_task = {}
+    for task, places in sorted(places_by_task.items()):
+        members = [outcomes[place] for place in places]
+        found = METRICS[metric].credits(members)
+        for place, credit in zip(places, found, strict=True):
+            credits[place] = credit
+        by_task[task] = TaskScore(
+            accuracy=sum(found) / len(found),
+            majority=METRICS[metric].majority([member.truth for member in members]),
+            n=len(found),
+            details=METRICS[metric].details(members),
+        )
+    return SetScores(credits, by_task)
 
 
 def score_by_task(outcomes: Iterable[Outcome], metric: str = "exact_match") -> dict[str, TaskScore]:
     """Each task's score by one metric, tasks in alphabetical order."""
-    by_task: defaultdict[str, list[Outcome]] = defaultdict(list)
-    for outcome in outcomes:
-        by_task[outcome.task].append(outcome)
-    return {task: _score(by_task[task], METRICS[metric]) for task in sorted(by_task)}
-
-
-def _score(outcomes: Sequence[Outcome], metric: Metric) -> TaskScore:
-    total = sum(metric.credit(outcome.prediction, outcome.truth) for outcome in outcomes)
-    constants: Counter[str] = Counter()
-    for outcome in outcomes:
-        constants.update(metric.constants(outcome.truth))
-    return TaskScore(
-        accuracy=total / len(outcomes),
-        majority=max(constants.values()) / len(outcomes),
-        n=len(outcomes),
-        details=metric.details(outcomes),
-    )
+    return score_set(list(outcomes), metric).by_task

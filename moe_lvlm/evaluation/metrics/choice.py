@@ -1,4 +1,4 @@
-"""Multiple choice by letter, for ScienceQA and MMBench."""
+"""Multiple choice: by letter for ScienceQA and MMBench, by the option's text for A-OKVQA."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from moe_lvlm.evaluation.metrics.exact import normalize_answer
-from moe_lvlm.evaluation.metrics.outcome import Metric, Outcome, Truth
+from moe_lvlm.evaluation.metrics.outcome import Metric, Outcome, Truth, best_constant
 
 LETTERS = "ABCDEF"
 
@@ -25,14 +25,17 @@ def read_choice(text: str, options: Sequence[str] = ()) -> str | None:
     Source: LLaVA's evaluation of ScienceQA, which knows "C", "C. ..." and "The answer is C". Ours reads "(C)", "C)",
     "C:" and an option's text too, and does not read "The answer is Cats" as C.
     """
-    line = text.strip().replace("\n", ". ")
-    allowed = LETTERS[: len(options)] if options else LETTERS
-    for pattern in (_LEADING.match, _SENTENCE.search):
-        found = pattern(line)
-        if found is not None and found[1] in allowed:
-            return found[1]
+    letter = _letter(text, options)
+    if letter is not None:
+        return letter
     same = [place for place, option in enumerate(options) if normalize_answer(option) == normalize_answer(text)]
     return LETTERS[same[0]] if len(same) == 1 else None
+
+
+def is_by_text(truths: Sequence[Truth]) -> bool:
+    """Whether a task's options are chosen by their texts: it shows in the records' own answers, of which then not all
+    are letters. Its prompts list no letters, so that a letter chooses nothing."""
+    return any(_letter(truth.answer, truth.options) is None for truth in truths)
 
 
 def circular_accuracy(outcomes: Sequence[Outcome]) -> float:
@@ -42,24 +45,58 @@ def circular_accuracy(outcomes: Sequence[Outcome]) -> float:
     options and counts as right if all of these answers are.
     """
     is_right: defaultdict[str | None, bool] = defaultdict(lambda: True)
-    for outcome in outcomes:
-        is_right[outcome.truth.group] &= _credit(outcome.prediction, outcome.truth) == 1
+    for outcome, credit in zip(outcomes, _credits(outcomes), strict=True):
+        is_right[outcome.truth.group] &= credit == 1
     return sum(is_right.values()) / len(is_right)
 
 
-def _credit(prediction: str, truth: Truth) -> float:
-    return float(read_choice(prediction, truth.options) == _right(truth))
+def _letter(text: str, options: Sequence[str]) -> str | None:
+    """The letter that an answer chooses without the help of the options' texts."""
+    line = text.strip().replace("\n", ". ")
+    allowed = LETTERS[: len(options)] if options else LETTERS
+    for pattern in (_LEADING.match, _SENTENCE.search):
+        found = pattern(line)
+        if found is not None and found[1] in allowed:
+            return found[1]
+    return None
 
 
-def _right(truth: Truth) -> str:
-    letter = read_choice(truth.answer, truth.options)
-    assert letter is not None, "checked when the set was read"
-    return letter
+def _chosen(text: str, truth: Truth, by_text: bool) -> str | None:
+    """The letter or, by text, the normalised text of the option that an answer chooses; None if it chooses nothing."""
+    if not by_text:
+        return read_choice(text, truth.options)
+    normal = normalize_answer(text)
+    return normal if normal in map(normalize_answer, truth.options) else None
+
+
+def _right(truth: Truth, by_text: bool) -> str:
+    right = _chosen(truth.answer, truth, by_text)
+    assert right is not None, "checked when the set was read"
+    return right
+
+
+def _all_chosen(outcomes: Sequence[Outcome]) -> tuple[list[str | None], list[str]]:
+    """What the predictions choose, and what is right."""
+    by_text = is_by_text([outcome.truth for outcome in outcomes])
+    return (
+        [_chosen(outcome.prediction, outcome.truth, by_text) for outcome in outcomes],
+        [_right(outcome.truth, by_text) for outcome in outcomes],
+    )
+
+
+def _credits(outcomes: Sequence[Outcome]) -> list[float]:
+    chosen, right = _all_chosen(outcomes)
+    return [float(ours == theirs) for ours, theirs in zip(chosen, right, strict=True)]
+
+
+def _majority(truths: Sequence[Truth]) -> float:
+    by_text = is_by_text(truths)
+    return best_constant(lambda truth: {_right(truth, by_text): 1.0})(truths)
 
 
 def _details(outcomes: Sequence[Outcome]) -> dict[str, float]:
-    unread = sum(read_choice(outcome.prediction, outcome.truth.options) is None for outcome in outcomes)
-    found = {"no_letter": unread / len(outcomes)}
+    chosen, _ = _all_chosen(outcomes)
+    found = {"no_letter": chosen.count(None) / len(outcomes)}
     if all(outcome.truth.group is not None for outcome in outcomes):
         found["circular"] = circular_accuracy(outcomes)
     return found
@@ -68,7 +105,7 @@ def _details(outcomes: Sequence[Outcome]) -> dict[str, float]:
 def _check(truth: Truth) -> None:
     if truth.options and not 2 <= len(truth.options) <= len(LETTERS):
         raise ValueError(f"options: {len(truth.options)} given; allowed are 2 to {len(LETTERS)}, for {LETTERS}")
-    if read_choice(truth.answer, truth.options) is None:
+    if _letter(truth.answer, truth.options) is None and _chosen(truth.answer, truth, by_text=True) is None:
         allowed = LETTERS[: len(truth.options)] if truth.options else LETTERS
         raise ValueError(
             f"the answer {truth.answer!r} chooses nothing; allowed: one of the letters {', '.join(allowed)}"
@@ -80,11 +117,18 @@ def _check_set(truths: Sequence[Truth]) -> None:
     grouped = sum(truth.group is not None for truth in truths)
     if grouped not in (0, len(truths)):
         raise ValueError(f"group: {grouped} of {len(truths)} records have it; allowed: all of them, or none")
+    if is_by_text(truths):
+        letters = [truth.answer for truth in truths if _chosen(truth.answer, truth, by_text=True) is None]
+        if letters:
+            raise ValueError(
+                f"the answers of {len(letters)} of {len(truths)} records are letters ({letters[0]!r}), those of the "
+                "others options' texts; allowed: one kind in all"
+            )
 
 
 CHOICE = Metric(
-    credit=_credit,
-    constants=lambda truth: {_right(truth): 1.0},
+    credits=_credits,
+    majority=_majority,
     check=_check,
     check_set=_check_set,
     details=_details,

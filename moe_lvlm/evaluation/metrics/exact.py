@@ -6,7 +6,7 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 
-from moe_lvlm.evaluation.metrics.outcome import Metric, Truth
+from moe_lvlm.evaluation.metrics.outcome import Metric, Truth, best_constant, one_by_one
 
 _QUOTES = "\"'`"
 _CLOSING = ".,;:!?"
@@ -52,7 +52,7 @@ def _check(truth: Truth) -> None:
 
 
 EXACT_MATCH = Metric(
-    credit=lambda prediction, truth: float(exact_match(prediction, truth.answer)),
-    constants=lambda truth: {normalize_answer(truth.answer): 1.0},
+    credits=one_by_one(lambda prediction, truth: float(exact_match(prediction, truth.answer))),
+    majority=best_constant(lambda truth: {normalize_answer(truth.answer): 1.0}),
     check=_check,
 )

@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import Literal
 
-from moe_lvlm.evaluation.metrics.outcome import Metric, Outcome, Truth
+from moe_lvlm.evaluation.metrics.outcome import Metric, Outcome, Truth, best_constant, one_by_one
 from moe_lvlm.evaluation.metrics.yes_no import read_label
 
 PERCEPTION = (
@@ -93,8 +93,8 @@ def _check_set(truths: Sequence[Truth]) -> None:
 
 
 MME = Metric(
-    credit=_credit,
-    constants=lambda truth: {read_label(truth.answer): 1.0},
+    credits=one_by_one(_credit),
+    majority=best_constant(lambda truth: {read_label(truth.answer): 1.0}),
     check=_check,
     check_set=_check_set,
     details=_details,

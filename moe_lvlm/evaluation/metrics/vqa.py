@@ -1,12 +1,12 @@
-"""VQA accuracy over ten people's answers, for TextVQA."""
+"""VQA accuracy over ten people's answers (VQAv2, OK-VQA, TextVQA, VizWiz), or beside one right answer (GQA)."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from moe_lvlm.evaluation.metrics.outcome import Metric, Truth
+from moe_lvlm.evaluation.metrics.outcome import Metric, Truth, best_constant, one_by_one
 
 NUM_ANSWERS = 10
 
@@ -64,13 +64,16 @@ def normalize_vqa_answer(text: str) -> str:
 
 
 def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
-    """Accuracy of an answer beside those of ten people: 0, .3, .6, .9 or 1.
+    """Accuracy of an answer beside those of ten people: 0, .3, .6, .9 or 1. Beside a single answer: whether the two are
+    equal in normal form, 0 or 1.
 
     min(1, m / 3), where m people of nine gave the same answer, averaged over the ten ways to leave one out (VQA: Antol
-    et al. 2015, as the challenge computes it). Three of ten thus give (3 x 2/3 + 7 x 1) / 10 = .9.
+    et al. 2015, as the challenge computes it). Three of ten thus give (3 x 2/3 + 7 x 1) / 10 = .9. The rule for one is
+    LAVIS's for GQA (BLIP-2, InstructBLIP), which however normalises the prediction alone, so that no answer meets
+    "t-shirt".
 
     Raises:
-        ValueError: there are not ten answers.
+        ValueError: there are neither ten answers nor one.
     """
     _check_count(answers)
     return _credits(answers).get(normalize_vqa_answer(prediction), 0.0)
@@ -78,6 +81,8 @@ def vqa_accuracy(prediction: str, answers: Sequence[str]) -> float:
 
 def _credits(answers: Sequence[str]) -> dict[str, float]:
     """What each of the (normalised) answers would get."""
+    if len(answers) == 1:
+        return {normalize_vqa_answer(answers[0]): 1.0}
     total = len(answers)
     counts = Counter(map(normalize_vqa_answer, answers))
     return {
@@ -87,21 +92,29 @@ def _credits(answers: Sequence[str]) -> dict[str, float]:
 
 
 def _check_count(answers: Sequence[str]) -> None:
-    if len(answers) != NUM_ANSWERS:
-        raise ValueError(f"answers: {len(answers)} given; allowed: exactly {NUM_ANSWERS} strings, one a person")
+    if len(answers) not in (1, NUM_ANSWERS):
+        raise ValueError(
+            f"answers: {len(answers)} given; allowed: exactly {NUM_ANSWERS} strings, one a person, or exactly one, the "
+            "only right answer"
+        )
 
 
 def _check(truth: Truth) -> None:
     _check_count(truth.answers)
 
 
-def _constants(truth: Truth) -> Mapping[str, float]:
-    return _credits(truth.answers)
+def _check_set(truths: Sequence[Truth]) -> None:
+    single = sum(len(truth.answers) == 1 for truth in truths)
+    if single not in (0, len(truths)):
+        raise ValueError(
+            f"answers: {single} of {len(truths)} records have one; allowed: {NUM_ANSWERS} in all, or one in all"
+        )
 
 
 VQA = Metric(
-    credit=lambda prediction, truth: vqa_accuracy(prediction, truth.answers),
-    constants=_constants,
+    credits=one_by_one(lambda prediction, truth: vqa_accuracy(prediction, truth.answers)),
+    majority=best_constant(lambda truth: _credits(truth.answers)),
     check=_check,
+    check_set=_check_set,
     is_soft=True,
 )

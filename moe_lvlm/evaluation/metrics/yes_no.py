@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from moe_lvlm.evaluation.metrics.exact import normalize_answer
-from moe_lvlm.evaluation.metrics.outcome import Metric, Outcome, Truth
+from moe_lvlm.evaluation.metrics.outcome import Metric, Outcome, Truth, best_constant, one_by_one
 
 YesNo = Literal["yes", "no"]
 
@@ -99,8 +99,8 @@ def _check_set(truths: Sequence[Truth]) -> None:
 
 
 YES_NO = Metric(
-    credit=_credit,
-    constants=lambda truth: {read_label(truth.answer): 1.0},
+    credits=one_by_one(_credit),
+    majority=best_constant(lambda truth: {read_label(truth.answer): 1.0}),
     check=_check,
     check_set=_check_set,
     details=_details,

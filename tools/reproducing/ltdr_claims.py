@@ -11,9 +11,11 @@ import numpy as np
 from moe_lvlm.analysis.measures import MODALITIES, site_name
 from moe_lvlm.analysis.statistics import NUM_BINS, Agreement, RoutingStatistics, SiteStatistics
 from moe_lvlm.routing.types import Modality, Site
+from reproducing.cost import Measure, cost_grid
 from reproducing.grid import NOTHING, Grid, show_difference, show_number, show_spread
-from reproducing.paper import Row, Table
+from reproducing.paper import Paper, Row, Table
 from reproducing.results import Results, RunResult, expert_rows_per_token
+from reproducing.scores import score_grids
 from reproducing.shape import Shape, shape_of
 from reproducing.spread import Values, difference, mean_of, spread
 
@@ -22,43 +24,36 @@ _BINS = 10
 _BY_SEED = "mean over MoE layers, then mean ± sample standard deviation over seeds"
 
 
-def claim_grids(table: Table, results: Results) -> list[Grid]:
-    """Tables (a), (b) and (c) of the claims; (d) is a table of scores and (e) one of costs."""
+def claim_grids(
+    paper: Paper, table: Table, results: Results, scale: str, timed: Callable[[Table], list[Grid]]
+) -> list[Grid]:
+    """Tables (a) to (e). timed: measures rows turn about."""
     return [
         _shape_grid(table, results),
         _bin_grid(table, results),
         _foreground_grid(table, results),
         _tail_head_grid(table, results),
         _load_grid(table, results),
+        *score_grids(paper, table, results, scale, "(d) Scores"),
+        expert_cost_grid("(e) Cost", table, results),
+        *timed(paper.tables["table4"]),
     ]
 
 
-def cost_grid(table: Table, results: Results) -> Grid:
+def expert_cost_grid(title: str, table: Table, results: Results) -> Grid:
     """What a token and a run cost."""
-    rows = []
-    for row in table.rows:
-        found = results.by_row[row.recipe]
-        passed = [None if one is None else expert_rows_per_token(one.routing) for one in found]
-        by_modality = [[None if one is None else one[name] for one in passed] for name in ("language", "vision")]
-        rows.append(
-            (
-                row.label,
-                *(show_spread(spread(values), 2) for values in by_modality),
-                show_spread(spread(_each(found, lambda one: list(one.train_seconds.values())[-1]))),
-                show_spread(spread(_each(found, lambda one: one.eval_seconds))),
-            )
-        )
-    jobs = sorted({one.jobs for row in results.by_row.values() for one in row if one})
-    notes = (
+    measures = [
+        Measure(f"expert rows, {name}", partial(_expert_rows, modality=name), 2) for name in ("language", "vision")
+    ]
+    note = (
         "expert rows: routed experts that a token of the evaluation passes, mean over MoE layers; shared experts come "
-        "on top, and a fine-grained expert is a part of a full one",
-        f"seconds as the runs logged them, with up to {max(jobs, default=1)} runs beside each other on this machine: "
-        "to be compared with care",
+        "on top, and a fine-grained expert is a part of a full one"
     )
-    columns = (
-        "", "expert rows, language", "expert rows, vision", "sparse stage, s", "evaluation, s",
-    )  # fmt: skip
-    return Grid("(e) Cost" if table.name == "claims" else "Cost by token and run", columns, tuple(rows), notes)
+    return cost_grid(title, table, results, measures, (note,))
+
+
+def _expert_rows(one: RunResult, *, modality: str) -> float | None:
+    return expert_rows_per_token(one.routing)[modality]
 
 
 def _each(found: Sequence[RunResult | None], of: Callable[[RunResult], float | None]) -> Values:

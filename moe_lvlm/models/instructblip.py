@@ -1,0 +1,258 @@
+"""InstructBLIP whose Q-Former may be a Q-MoE: for decoder-only and for encoder-decoder language models.
+
+B batch   S sequence   I images   C channels   Q queries   L width of the language model
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import InstructBlipForConditionalGeneration, InstructBlipQFormerModel, PreTrainedModel
+from transformers.models.instructblip.modeling_instructblip import (
+    BaseModelOutputWithVisionQformerOutputs,
+    InstructBlipForConditionalGenerationModelOutput,
+)
+from transformers.utils import can_return_tuple
+
+from moe_lvlm.connectors.connector import ConnectorInputs, query
+from moe_lvlm.connectors.qmoe import QMoEModel
+from moe_lvlm.connectors.upcycle import upcycle_qformer
+from moe_lvlm.models.connectors import blank_inputs, connector_inputs, connector_loss
+from moe_lvlm.models.context import derive_context
+from moe_lvlm.models.instructblip_config import MoEInstructBlipConfig
+from moe_lvlm.models.language_loss import language_loss
+from moe_lvlm.routing.trace import RoutingTrace
+from moe_lvlm.routing.types import RoutingContext
+
+
+@dataclass
+class MoEInstructBlipOutput(InstructBlipForConditionalGenerationModelOutput):
+    """InstructBLIP's output, and:
+
+    loss: language_loss plus balance_loss. language_loss, balance_loss (the importance loss times its coefficient):
+    scalars, None where there is none.
+    routing: the trace of the connector's decisions, if it was asked for.
+    """
+
+    language_loss: Tensor | None = None
+    balance_loss: Tensor | None = None
+    routing: RoutingTrace | None = None
+
+
+class MoEInstructBlipForConditionalGeneration(InstructBlipForConditionalGeneration):
+    """Vision model, Q-Former or Q-MoE, and a dense language model; parameters have InstructBLIP's names.
+
+    In training the parts run in the same order whatever a batch holds: without an image, on a blank one whose visual
+    tokens are added times 0 and whose decisions count nowhere.
+    """
+
+    config: MoEInstructBlipConfig
+    config_class = MoEInstructBlipConfig
+    qformer: InstructBlipQFormerModel
+
+    def __init__(self, config: MoEInstructBlipConfig) -> None:
+        super().__init__(config)
+        if (settings := config.expert_settings) is not None:
+            self.qformer = upcycle_qformer(self.qformer, settings)
+
+    def tie_weights(self, **kwargs: Any) -> None:
+        """The language model's own ties; nothing else is tied."""
+        super().tie_weights(**kwargs)
+        self.language_model.tie_weights()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        qformer_input_ids: Tensor | None = None,
+        qformer_attention_mask: Tensor | None = None,
+        decoder_input_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        logits_to_keep: int = 0,
+        routing: RoutingContext | None = None,
+        output_routing: bool = False,
+        num_items_in_batch: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> MoEInstructBlipOutput:
+        """One pass over [B, S] tokens.
+
+        pixel_values: [I, C, H, W], images in the order of their marks. qformer_input_ids, qformer_attention_mask: [I, W],
+        the words that the Q-Former reads beside each.
+        labels: decoder-only [B, S]; encoder-decoder [B, answer], whose first column stands for the decoder's start; not
+        shifted, -100 where there is no loss. decoder_input_ids: [B, answer], made of the labels if absent, or the start.
+        routing: facts about the tokens, derived if absent. output_routing: give the trace back.
+        num_items_in_batch: divisor of the summed token losses; None means the supervised tokens of this call.
+
+        Raises:
+            ValueError: no input_ids, or images without words for the Q-Former.
+        """
+        if input_ids is None:
+            raise ValueError("input_ids are needed: they say where the images stand")
+        trace = self._open_trace(input_ids, attention_mask, pixel_values, routing)
+        inputs_embeds = self._embed(input_ids, pixel_values, qformer_input_ids, qformer_attention_mask, trace)
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        if self.config.is_answer_apart:
+            output = self.language_model(
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                decoder_input_ids=self._decoder_inputs(decoder_input_ids, labels, input_ids),
+                use_cache=use_cache,
+                return_dict=True,
+            )
+        else:
+            output = self.language_model(
+                inputs_embeds=inputs_embeds,
+                attention_mask=attention_mask,
+                use_cache=use_cache,
+                logits_to_keep=logits_to_keep,
+                return_dict=True,
+            )
+        loss = token_loss = balance = None
+        if labels is not None:
+            loss = token_loss = language_loss(
+                output.logits,
+                labels,
+                vocab_size=self.config.text_config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
+            )
+            balance = connector_loss(trace, self.qformer, self.config.expert_settings)
+            if balance is not None:
+                loss = token_loss + balance
+        return MoEInstructBlipOutput(
+            loss=loss,
+            logits=output.logits,
+            language_model_outputs=output,
+            language_loss=token_loss,
+            balance_loss=balance,
+            routing=trace if output_routing else None,
+        )
+
+    @can_return_tuple
+    def get_image_features(
+        self,
+        pixel_values: Tensor,
+        qformer_input_ids: Tensor | None = None,
+        qformer_attention_mask: Tensor | None = None,
+        interpolate_pos_encoding: bool = False,
+        inputs: ConnectorInputs | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithVisionQformerOutputs:
+        """pooler_output: visual tokens [I, Q, L]. inputs: in place of the words, with what Q-MoE needs in training.
+
+        Raises:
+            ValueError: neither words nor inputs.
+        """
+        if inputs is None:
+            inputs = connector_inputs(
+                qformer_input_ids, qformer_attention_mask, num_images=pixel_values.shape[0], trace=None
+            )
+        features = self.vision_model(
+            pixel_values=pixel_values, interpolate_pos_encoding=interpolate_pos_encoding
+        ).last_hidden_state
+        queried = query(self.qformer, self.query_tokens, features, inputs)
+        return BaseModelOutputWithVisionQformerOutputs(
+            last_hidden_state=features, pooler_output=self.language_projection(queried)
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor | None = None,
+        pixel_values: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        qformer_input_ids: Tensor | None = None,
+        qformer_attention_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Token ids as `generate` of the language model gives them: decoder-only [B, S + new], encoder-decoder
+        [B, 1 + new], the start first. Arguments as in `forward`; kwargs are the language model's.
+
+        Raises:
+            ValueError: no input_ids, or images without words for the Q-Former.
+        """
+        if input_ids is None:
+            raise ValueError("input_ids are needed: they say where the images stand")
+        inputs_embeds = self._embed(input_ids, pixel_values, qformer_input_ids, qformer_attention_mask, None)
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        given = {} if self.config.is_answer_apart else {"input_ids": input_ids}
+        return self.language_model.generate(
+            inputs_embeds=inputs_embeds, attention_mask=attention_mask, **given, **kwargs
+        )
+
+    def checkpointed_modules(self) -> Iterator[PreTrainedModel]:
+        """What gradient checkpointing is for: the parts that gradients pass."""
+        yield from (self.qformer, self.language_model)
+
+    def _open_trace(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        pixel_values: Tensor | None,
+        routing: RoutingContext | None,
+    ) -> RoutingTrace | None:
+        """A plain Q-Former routes nothing."""
+        if not isinstance(self.qformer, QMoEModel):
+            return None
+        if routing is None:
+            routing = derive_context(
+                input_ids,
+                attention_mask=attention_mask,
+                image_token_id=self.config.image_token_id,
+                num_images=0 if pixel_values is None else pixel_values.shape[0],
+            )
+        return RoutingTrace(routing)
+
+    def _embed(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None,
+        qformer_input_ids: Tensor | None,
+        qformer_attention_mask: Tensor | None,
+        trace: RoutingTrace | None,
+    ) -> Tensor:
+        """[B, S, L]: words, and visual tokens where image tokens stand."""
+        embeds = self.get_input_embeddings()(input_ids)
+        if pixel_values is None:
+            if (input_ids == self.config.image_token_id).any():
+                raise ValueError("input_ids hold image tokens, but no pixel_values came with them")
+            if not self.training:
+                return embeds
+            blank = self._blank_image(like=embeds)
+            features = self.get_image_features(blank, inputs=blank_inputs(trace, embeds.device)).pooler_output
+            return embeds + 0 * features.mean().to(embeds.dtype)
+        inputs = connector_inputs(
+            qformer_input_ids, qformer_attention_mask, num_images=pixel_values.shape[0], trace=trace
+        )
+        features = self.get_image_features(pixel_values, inputs=inputs).pooler_output.to(embeds.dtype)
+        is_visual = (input_ids == self.config.image_token_id)[..., None]
+        if int(is_visual.sum()) * embeds.shape[-1] != features.numel():
+            raise ValueError(
+                f"{int(is_visual.sum())} image tokens in input_ids for {features.shape[0]} images of "
+                f"{features.shape[1]} visual tokens; each image needs as many"
+            )
+        return embeds.masked_scatter(is_visual, features)
+
+    def _blank_image(self, *, like: Tensor) -> Tensor:
+        vision = self.config.vision_config
+        size = vision.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return like.new_zeros(1, 3, height, width)
+
+    def _decoder_inputs(self, given: Tensor | None, labels: Tensor | None, input_ids: Tensor) -> Tensor:
+        """What the decoder reads: the start, then the answer."""
+        if given is not None:
+            return given
+        text = self.config.text_config
+        if labels is None:
+            return torch.full_like(input_ids[:, :1], text.decoder_start_token_id)
+        ids = labels.masked_fill(labels == -100, text.pad_token_id)
+        return torch.cat((torch.full_like(ids[:, :1], text.decoder_start_token_id), ids[:, 1:]), dim=1)
