@@ -45,6 +45,7 @@ from moe_lvlm.models.instructblip_config import MoEInstructBlipConfig
 from moe_lvlm.models.llava import MoELlavaForConditionalGeneration
 from moe_lvlm.models.upcycle import upcycle
 from moe_lvlm.moe.upcycle import moe_layers
+from moe_lvlm.routing.types import RoutingContext
 
 HIDDEN = 32
 VOCABULARY = 64
@@ -312,3 +313,24 @@ def blip_batch(text: str = "llama", *, num_samples: int = 4, seed: int = 0) -> d
             draw_N=draw(0, 2**62, num_samples),
         ),
     }
+
+
+def blip_rows(batch: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
+    """Samples start <= i < stop of a batch, padding and all."""
+    context: RoutingContext = batch["routing"]
+    cut = {name: value[start:stop] for name, value in batch.items() if isinstance(value, Tensor)}
+    assert context.draw_N is not None
+    return cut | {
+        "routing": replace(
+            context,
+            modality_BS=context.modality_BS[start:stop],
+            image_BS=_shifted(context.image_BS[start:stop], start),
+            sample_BS=_shifted(context.sample_BS[start:stop], start),
+            num_samples=stop - start,
+            draw_N=context.draw_N[start:stop],
+        )
+    }
+
+
+def _shifted(index_BS: Tensor, start: int) -> Tensor:
+    return torch.where(index_BS >= 0, index_BS - start, index_BS)

@@ -20,8 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 from emoji_art import ATTRIBUTIONS, FLUENT_LICENSE, load_sprites
-from pack_files import WEBP_QUALITY, check_replaceable, decode, replaced, save_half, webp, write_zip
-from rich.progress import track
+from pack_files import WEBP_QUALITY, check_replaceable, decode, draw_distinct, replaced, save_half, webp, write_zip
 from scene_tasks_records import (
     Shown,
     choice_questions,
@@ -87,13 +86,7 @@ def _parse() -> argparse.Namespace:
 def compose(sprites: Sprites, *, seed: int) -> list[Picture]:
     """NUM_TRAIN + NUM_VAL pictures, of which no two are the same."""
     rng = np.random.default_rng(seed)
-    pictures: dict[bytes, Picture] = {}
-    for _ in track(range(NUM_TRAIN + NUM_VAL), description="composing pictures"):
-        picture = compose_picture(sprites, rng)
-        while picture.image.tobytes() in pictures:
-            picture = compose_picture(sprites, rng)
-        pictures[picture.image.tobytes()] = picture
-    return list(pictures.values())
+    return draw_distinct(lambda: compose_picture(sprites, rng), NUM_TRAIN + NUM_VAL, description="composing pictures")
 
 
 def build(pack: Path, pictures: Sequence[Picture], arguments: argparse.Namespace) -> None:

@@ -25,9 +25,8 @@ import numpy as np
 import torch
 from emoji_art import ATTRIBUTIONS, FLUENT_LICENSE, load_sprites
 from numpy.typing import NDArray
-from pack_files import WEBP_QUALITY, check_replaceable, decode, replaced, save_half, webp, write_zip
+from pack_files import WEBP_QUALITY, check_replaceable, decode, draw_distinct, replaced, save_half, webp, write_zip
 from PIL import Image
-from rich.progress import track
 from scenes_records import caption_records, make_tokenizer, test_records, text_dialogues, train_records
 from scenes_teaching import SpecialIds, patch_labels, teach_language_model, teach_tower
 from transformers import CLIPImageProcessor
@@ -96,13 +95,7 @@ def _parse() -> argparse.Namespace:
 def compose(sprites: Sprites, *, seed: int) -> tuple[list[Scene], list[Scene]]:
     """Training and held-out scenes; no image occurs twice."""
     rng = np.random.default_rng(seed)
-    scenes: dict[bytes, Scene] = {}
-    for _ in track(range(NUM_TRAIN + NUM_TEST), description="composing scenes"):
-        scene = compose_scene(sprites, rng)
-        while scene.image.tobytes() in scenes:
-            scene = compose_scene(sprites, rng)
-        scenes[scene.image.tobytes()] = scene
-    ordered = list(scenes.values())
+    ordered = draw_distinct(lambda: compose_scene(sprites, rng), NUM_TRAIN + NUM_TEST, description="composing scenes")
     return ordered[:NUM_TRAIN], ordered[NUM_TRAIN:]
 
 

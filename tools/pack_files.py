@@ -7,20 +7,43 @@ import io
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from rich.progress import track
 from safetensors.torch import load_file, save
 from transformers import PreTrainedModel
 
 from moe_lvlm.data.packs.archive import MANIFEST
 
 WEBP_QUALITY = 85
+
+
+class HasImage(Protocol):
+    """What is drawn with a picture."""
+
+    @property
+    def image(self) -> NDArray[np.uint8]: ...
+
+
+Drawn = TypeVar("Drawn", bound=HasImage)
+
+
+def draw_distinct(draw: Callable[[], Drawn], count: int, *, description: str) -> list[Drawn]:
+    """So many of what `draw` gives, of which no two have the same image, in the order drawn."""
+    drawn: dict[bytes, Drawn] = {}
+    for _ in track(range(count), description=description):
+        one = draw()
+        while one.image.tobytes() in drawn:
+            one = draw()
+        drawn[one.image.tobytes()] = one
+    return list(drawn.values())
 
 
 def webp(image: NDArray[np.uint8]) -> bytes:

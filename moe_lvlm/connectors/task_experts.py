@@ -21,6 +21,7 @@ from moe_lvlm.config.connector import ExpertSettings
 from moe_lvlm.connectors.expert_path import Selection, select_paths
 from moe_lvlm.connectors.noise import sample_noise
 from moe_lvlm.connectors.routers import ROUTERS
+from moe_lvlm.moe.checkpointing import refuse_reentrant
 
 
 class TaskExpertsOutput(NamedTuple):
@@ -77,12 +78,7 @@ class TaskExpertsLayer(InstructBlipQFormerLayer):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.gradient_checkpointing and self.training:
-            function = self._gradient_checkpointing_func
-            if getattr(function, "keywords", {}).get("use_reentrant", False):
-                raise ValueError(
-                    "gradient checkpointing: use_reentrant=True loses gradients of the routers; "
-                    'allowed: gradient_checkpointing_enable({"use_reentrant": False})'
-                )
+            refuse_reentrant(self._gradient_checkpointing_func)
         return super().__call__(*args, **kwargs)
 
     def forward(

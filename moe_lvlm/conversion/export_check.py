@@ -16,7 +16,7 @@ from moe_lvlm.checkpoint.source import open_source
 from moe_lvlm.conversion.remote_code import RemoteCode
 from moe_lvlm.models.build import build_empty
 from moe_lvlm.models.config import MoELlavaConfig
-from moe_lvlm.models.processor import image_size
+from moe_lvlm.models.images import image_size
 from moe_lvlm.models.weights import load_weights
 
 # Largest difference of logits that rounding explains, for logits of size 1 (float32).

@@ -28,10 +28,11 @@ from moe_lvlm.config.recipe import ModelSettings
 from moe_lvlm.data.packs import resolve
 from moe_lvlm.models.blip import blip_config, is_blip, open_blip
 from moe_lvlm.models.config import MoELlavaConfig
+from moe_lvlm.models.images import image_size
 from moe_lvlm.models.instructblip import MoEInstructBlipForConditionalGeneration
 from moe_lvlm.models.instructblip_config import MoEInstructBlipConfig, VLMConfig
 from moe_lvlm.models.llava import MoELlavaForConditionalGeneration
-from moe_lvlm.models.processor import Processor, build_processor, image_size, num_image_tokens, with_qformer
+from moe_lvlm.models.processor import Processor, build_processor, num_image_tokens, with_qformer
 from moe_lvlm.models.qformer import load_qformer, qformer_fields
 from moe_lvlm.models.upcycle import as_moe_llava
 

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from transformers import InstructBlipQFormerModel
 
-from moe_lvlm.config.connector import ExpertSettings
 from moe_lvlm.connectors.connector import ConnectorInputs
 from moe_lvlm.connectors.importance import importance_loss
 from moe_lvlm.connectors.qmoe import QMoEModel
@@ -67,11 +67,10 @@ def image_draws(context: RoutingContext, num_images: int) -> Tensor | None:
     return context.draw_N[sample_I] + place_I * _IMAGE_STRIDE
 
 
-def connector_loss(trace: RoutingTrace | None, qformer: object, settings: ExpertSettings | None) -> Tensor | None:
+def connector_loss(trace: RoutingTrace | None, qformer: InstructBlipQFormerModel) -> Tensor | None:
     """The importance loss of a Q-MoE times its coefficient (Q-MoE eq. 7); None for a plain Q-Former, and outside
     training for a batch without an image."""
     decisions = [] if trace is None else [decision for _, decision in trace.of(CONNECTOR)]
-    if settings is None or not decisions:
+    if not isinstance(qformer, QMoEModel) or not decisions:
         return None
-    assert isinstance(qformer, QMoEModel)
-    return settings.importance_coefficient * importance_loss(decisions, qformer.sum_over_ranks)
+    return qformer.settings.importance_coefficient * importance_loss(decisions, qformer.sum_over_ranks)

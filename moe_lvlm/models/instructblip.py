@@ -23,8 +23,9 @@ from moe_lvlm.connectors.qmoe import QMoEModel
 from moe_lvlm.connectors.upcycle import upcycle_qformer
 from moe_lvlm.models.connectors import blank_inputs, connector_inputs, connector_loss
 from moe_lvlm.models.context import derive_context
+from moe_lvlm.models.images import blank_image
 from moe_lvlm.models.instructblip_config import MoEInstructBlipConfig
-from moe_lvlm.models.language_loss import language_loss
+from moe_lvlm.models.language_loss import Losses, language_loss, sum_losses
 from moe_lvlm.routing.trace import RoutingTrace
 from moe_lvlm.routing.types import RoutingContext
 
@@ -115,23 +116,19 @@ class MoEInstructBlipForConditionalGeneration(InstructBlipForConditionalGenerati
                 logits_to_keep=logits_to_keep,
                 return_dict=True,
             )
-        loss = token_loss = balance = None
+        losses = Losses()
         if labels is not None:
-            loss = token_loss = language_loss(
-                output.logits,
-                labels,
-                vocab_size=self.config.text_config.vocab_size,
-                num_items_in_batch=num_items_in_batch,
+            vocab_size = self.config.text_config.vocab_size
+            language = language_loss(
+                output.logits, labels, vocab_size=vocab_size, num_items_in_batch=num_items_in_batch
             )
-            balance = connector_loss(trace, self.qformer, self.config.expert_settings)
-            if balance is not None:
-                loss = token_loss + balance
+            losses = sum_losses(language, connector_loss(trace, self.qformer))
         return MoEInstructBlipOutput(
-            loss=loss,
+            loss=losses.total,
             logits=output.logits,
             language_model_outputs=output,
-            language_loss=token_loss,
-            balance_loss=balance,
+            language_loss=losses.language,
+            balance_loss=losses.balance,
             routing=trace if output_routing else None,
         )
 
@@ -226,7 +223,7 @@ class MoEInstructBlipForConditionalGeneration(InstructBlipForConditionalGenerati
                 raise ValueError("input_ids hold image tokens, but no pixel_values came with them")
             if not self.training:
                 return embeds
-            blank = self._blank_image(like=embeds)
+            blank = blank_image(self.config.vision_config, like=embeds)
             features = self.get_image_features(blank, inputs=blank_inputs(trace, embeds.device)).pooler_output
             return embeds + 0 * features.mean().to(embeds.dtype)
         inputs = connector_inputs(
@@ -240,12 +237,6 @@ class MoEInstructBlipForConditionalGeneration(InstructBlipForConditionalGenerati
                 f"{features.shape[1]} visual tokens; each image needs as many"
             )
         return embeds.masked_scatter(is_visual, features)
-
-    def _blank_image(self, *, like: Tensor) -> Tensor:
-        vision = self.config.vision_config
-        size = vision.image_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return like.new_zeros(1, 3, height, width)
 
     def _decoder_inputs(self, given: Tensor | None, labels: Tensor | None, input_ids: Tensor) -> Tensor:
         """What the decoder reads: the start, then the answer."""

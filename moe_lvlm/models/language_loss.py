@@ -1,9 +1,11 @@
-"""The loss of the next token.
+"""The loss of the next token, and what is added to it.
 
 B batch   S sequence   V vocabulary
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 from torch import Tensor
 from transformers.loss.loss_utils import ForCausalLMLoss
@@ -20,3 +22,16 @@ def language_loss(
     if num_items_in_batch is None:
         num_items_in_batch = (labels_BS[:, 1:] != -100).sum().clamp_min(1)
     return ForCausalLMLoss(logits_BSV, labels_BS, vocab_size, num_items_in_batch=num_items_in_batch)
+
+
+class Losses(NamedTuple):
+    """total: language plus balance. balance: auxiliary losses of routers. None where there is none."""
+
+    total: Tensor | None = None
+    language: Tensor | None = None
+    balance: Tensor | None = None
+
+
+def sum_losses(language: Tensor, balance: Tensor | None) -> Losses:
+    """Both, and what they come to."""
+    return Losses(language if balance is None else language + balance, language, balance)

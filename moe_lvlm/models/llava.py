@@ -27,7 +27,8 @@ from moe_lvlm.connectors.upcycle import upcycle_qformer
 from moe_lvlm.models.config import MoELlavaConfig
 from moe_lvlm.models.connectors import blank_inputs, connector_inputs, connector_loss
 from moe_lvlm.models.context import derive_context
-from moe_lvlm.models.language_loss import language_loss
+from moe_lvlm.models.images import blank_image
+from moe_lvlm.models.language_loss import Losses, language_loss, sum_losses
 from moe_lvlm.moe.experts import Experts
 from moe_lvlm.moe.upcycle import upcycle_decoder
 from moe_lvlm.routing.gates import Gate
@@ -104,7 +105,8 @@ class MoELlavaModel(LlavaModel):
         if self.training and not has_images and input_ids is not None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
             blank = self.get_image_features(
-                self._blank_image(like=inputs_embeds), inputs=blank_inputs(routing_trace, inputs_embeds.device)
+                blank_image(self.config.vision_config, like=inputs_embeds),
+                inputs=blank_inputs(routing_trace, inputs_embeds.device),
             )
             inputs_embeds = inputs_embeds + 0 * torch.cat(blank.pooler_output, dim=0).mean().to(inputs_embeds.dtype)
             input_ids = None
@@ -150,18 +152,6 @@ class MoELlavaModel(LlavaModel):
                 )
             output.pooler_output = list(self.connector(torch.stack(output.pooler_output), inputs))
         return output
-
-    def _blank_image(self, *, like: Tensor) -> Tensor:
-        """[1, C, H, W] of zeros, of the size that the tower was made for, in the type and on the device of `like`.
-
-        A parameter's type would do, but under ZeRO-3 a look at another module's parameter gathers it: on the ranks
-        without an image only.
-        """
-        vision = self.config.vision_config
-        height, width = (
-            (vision.image_size, vision.image_size) if isinstance(vision.image_size, int) else vision.image_size
-        )
-        return like.new_zeros(1, vision.num_channels, height, width)
 
 
 class MoELlavaForConditionalGeneration(LlavaForConditionalGeneration):
@@ -268,26 +258,22 @@ class MoELlavaForConditionalGeneration(LlavaForConditionalGeneration):
             return_dict=True,
             **kwargs,
         )
-        loss = token_loss = balance = None
+        losses = Losses()
         if labels is not None:
-            loss = token_loss = language_loss(
-                output.logits,
-                labels,
-                vocab_size=self.config.text_config.vocab_size,
-                num_items_in_batch=num_items_in_batch,
+            vocab_size = self.config.text_config.vocab_size
+            language = language_loss(
+                output.logits, labels, vocab_size=vocab_size, num_items_in_batch=num_items_in_batch
             )
-            balance = self._balance_loss(trace)
-            if balance is not None:
-                loss = token_loss + balance
+            losses = sum_losses(language, self._balance_loss(trace))
         return MoELlavaOutput(
-            loss=loss,
+            loss=losses.total,
             logits=output.logits,
             past_key_values=output.past_key_values,
             hidden_states=output.hidden_states,
             attentions=output.attentions,
             image_hidden_states=output.image_hidden_states,
-            language_loss=token_loss,
-            balance_loss=balance,
+            language_loss=losses.language,
+            balance_loss=losses.balance,
             routing=trace if output_routing else None,
             prompt_routing=None if trace is None or output.past_key_values is None else _of_whole_samples(trace),
         )
@@ -315,7 +301,7 @@ class MoELlavaForConditionalGeneration(LlavaForConditionalGeneration):
         if (moe := self.config.moe_config) is not None:
             losses.append(auxiliary_loss(trace, moe))
         if self.model.connector is not None:
-            losses.append(connector_loss(trace, self.model.connector.qformer, self.config.expert_settings))
+            losses.append(connector_loss(trace, self.model.connector.qformer))
         found = [loss for loss in losses if loss is not None]
         return torch.stack([loss.to(found[0].device) for loss in found]).sum() if found else None
 

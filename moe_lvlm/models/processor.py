@@ -21,6 +21,7 @@ from transformers.image_processing_backends import PilBackend
 from moe_lvlm.config.connector import QFormerConnectorSettings
 from moe_lvlm.config.recipe import ModelSettings
 from moe_lvlm.data.packs import resolve
+from moe_lvlm.models.images import image_size
 
 logger = logging.getLogger(__name__)
 
@@ -137,12 +138,6 @@ def default_image_processor(vision_config: PreTrainedConfig) -> PilBackend:
     """CLIP's, at the tower's own size."""
     height, width = image_size(vision_config)
     return CLIPImageProcessorPil(size={"height": height, "width": width}, crop_size={"height": height, "width": width})
-
-
-def image_size(vision_config: PreTrainedConfig) -> tuple[int, int]:
-    """(height, width) that a tower was made for."""
-    size = vision_config.image_size
-    return (size, size) if isinstance(size, int) else (size[0], size[1])
 
 
 def class_tokens(vision_config: PreTrainedConfig) -> int:

@@ -19,6 +19,7 @@ from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 from transformers.models.stablelm.modeling_stablelm import StableLmDecoderLayer
 
+from moe_lvlm.moe.checkpointing import refuse_reentrant
 from moe_lvlm.moe.ffn import FUSED_GATED, GATED, TWO_LAYER, FFNLayout
 from moe_lvlm.moe.layer import MoELayer
 from moe_lvlm.routing.trace import RoutingTrace
@@ -52,12 +53,7 @@ class MoEDecoderLayer(nn.Module):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.gradient_checkpointing and self.training:
-            function = self._gradient_checkpointing_func
-            if getattr(function, "keywords", {}).get("use_reentrant", False):
-                raise ValueError(
-                    "gradient checkpointing: use_reentrant=True loses gradients of the routers; "
-                    'allowed: gradient_checkpointing_enable({"use_reentrant": False})'
-                )
+            refuse_reentrant(self._gradient_checkpointing_func)
         return super().__call__(*args, **kwargs)
 
     def _dropout(self, name: str | None, x: Tensor) -> Tensor:

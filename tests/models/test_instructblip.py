@@ -20,7 +20,7 @@ from moe_lvlm.models.context import derive_context
 from moe_lvlm.models.instructblip import MoEInstructBlipForConditionalGeneration
 from moe_lvlm.models.weights import load_weights
 from moe_lvlm.routing.types import CONNECTOR, Site
-from tests.tiny_models import BLIP_TEXT_CONFIGS, IMAGE_ID, blip_batch, tiny_blip, tiny_moe_blip
+from tests.tiny_models import BLIP_TEXT_CONFIGS, IMAGE_ID, blip_batch, blip_rows, tiny_blip, tiny_moe_blip
 
 TEXTS = sorted(BLIP_TEXT_CONFIGS)
 SETTINGS = ExpertSettings(num_layers=2)
@@ -114,19 +114,7 @@ def test_a_sample_does_not_depend_on_its_batch(text: str, is_training: bool) -> 
     model, batch = tiny_moe_blip(SETTINGS, text).train(is_training), blip_batch(text)
     together = model(**batch, output_routing=True)
     for row in range(4):
-        alone = blip_batch(text)
-        one = {name: value[row : row + 1] for name, value in alone.items() if isinstance(value, Tensor)}
-        context = alone["routing"]
-        place = slice(row, row + 1)
-        single = replace(
-            context,
-            modality_BS=context.modality_BS[place],
-            image_BS=context.image_BS[place] - context.image_BS[place].clamp(min=0),
-            sample_BS=context.sample_BS[place] - context.sample_BS[place].clamp(min=0),
-            num_samples=1,
-            draw_N=context.draw_N[place],
-        )
-        output = model(**one, routing=single, output_routing=True)
+        output = model(**blip_rows(batch, row, row + 1), output_routing=True)
         is_token = batch["labels"][row] != -100
         assert_close(output.logits[0][is_token], together.logits[row][is_token], rtol=1e-4, atol=1e-5)
         for site, decision in output.routing.items():

@@ -19,7 +19,7 @@ from moe_lvlm.training.trainable import select_trainable
 from tests.parallel.jobs import run_steps, start_training
 from tests.parallel.plain_loop import groups
 from tests.parallel.problems import CLIP, EPS, LEARNING_RATE, Outcome
-from tests.tiny_models import IMAGE_ID, NUM_QUERIES, blip_batch, tiny_moe_blip
+from tests.tiny_models import IMAGE_ID, NUM_QUERIES, blip_batch, blip_rows, tiny_moe_blip
 
 NUM_STEPS = 3
 COEFFICIENT = 0.3
@@ -60,7 +60,7 @@ def micro_batches(case: Case, step: int) -> list[dict[str, Any]]:
     whole = blip_batch(case.text, seed=step)
     if case.world == 1:
         return [whole]
-    first, second = _rows(whole, 0, 2), _rows(whole, 2, 4)
+    first, second = blip_rows(whole, 0, 2), blip_rows(whole, 2, 4)
     return [first, _without_images(case, second) if case.has_text_only else second]
 
 
@@ -109,26 +109,6 @@ def _step_loss(model: MoEInstructBlipForConditionalGeneration, batches: Sequence
                 importance[site.layer] = importance.get(site.layer, 0) + decision.probs_RE.sum(dim=0)
     variations = [((one - one.mean()) ** 2).mean() / one.mean() ** 2 for one in importance.values()]
     return tokens / supervised + COEFFICIENT * torch.stack(variations).mean()
-
-
-def _rows(batch: dict[str, Any], start: int, stop: int) -> dict[str, Any]:
-    context: RoutingContext = batch["routing"]
-    cut = {name: value[start:stop] for name, value in batch.items() if isinstance(value, Tensor)}
-    assert context.draw_N is not None
-    return cut | {
-        "routing": replace(
-            context,
-            modality_BS=context.modality_BS[start:stop],
-            image_BS=_shifted(context.image_BS[start:stop], start),
-            sample_BS=_shifted(context.sample_BS[start:stop], start),
-            num_samples=stop - start,
-            draw_N=context.draw_N[start:stop],
-        )
-    }
-
-
-def _shifted(index_BS: Tensor, start: int) -> Tensor:
-    return torch.where(index_BS >= 0, index_BS - start, index_BS)
 
 
 def _without_images(case: Case, batch: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -15,6 +14,7 @@ from moe_lvlm.data.packs import resolve
 from moe_lvlm.data.records import parse_record
 from moe_lvlm.data.tasks import TaskRules
 from moe_lvlm.training.plan import plan_stages
+from tests.recipes.leaves import leaves
 
 STABLELM, QWEN, PHI2 = "moe_llava_stablelm", "moe_llava_qwen", "moe_llava_phi2"
 LTDR = {"moe.router": {"kind": "ltdr", "tail_k": 4}, "moe.balance.on": ["language"]}
@@ -74,17 +74,8 @@ def load(name: str, scale: str) -> Recipe:
     return load_recipe(f"ltdr/{name}", [f"scale={scale}"])
 
 
-def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every key with its value; a list and a router are values."""
-    if not isinstance(value, Mapping) or path == "moe.router":
-        yield path, value
-        return
-    for key, inner in value.items():
-        yield from leaves(inner, f"{path}.{key}" if path else key)
-
-
 def resolved(recipe: Recipe) -> dict[str, Any]:
-    keys = dict(leaves(recipe.model_dump(mode="json", exclude={"name"})))
+    keys = dict(leaves(recipe.model_dump(mode="json", exclude={"name"}), whole="moe.router"))
     router = recipe.moe.router
     return keys | {"moe.router": {"kind": router.kind} | router.model_dump(mode="json", exclude_defaults=True)}
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ from moe_lvlm.config.recipe import Recipe
 from moe_lvlm.data.packs import resolve
 from moe_lvlm.training.build import run_processor
 from moe_lvlm.training.plan import check_data, plan_stages
+from tests.recipes.leaves import leaves
 
 VICUNA, T5 = "qformer_vicuna", "qformer_flan_t5"
 # Q-MoE section 4.1: 3 experts and 1 general one in the top 6 layers, K = 3, Cross-Router; SPEC for what it leaves open.
@@ -68,17 +68,11 @@ def load(name: str, scale: str) -> Recipe:
     return load_recipe(f"qmoe/{name}", [f"scale={scale}"])
 
 
-def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every key with its value; a list and the settings of experts are values."""
-    if not isinstance(value, Mapping) or path == "model.connector.experts":
-        yield path, value
-        return
-    for key, inner in value.items():
-        yield from leaves(inner, f"{path}.{key}" if path else key)
-
-
 def difference(recipe: Recipe, baseline: Recipe) -> dict[str, Any]:
-    before, after = (dict(leaves(one.model_dump(mode="json", exclude={"name"}))) for one in (baseline, recipe))
+    before, after = (
+        dict(leaves(one.model_dump(mode="json", exclude={"name"}), whole="model.connector.experts"))
+        for one in (baseline, recipe)
+    )
     assert before.keys() <= after.keys()
     return {key: value for key, value in after.items() if key not in before or value != before[key]}
 

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
 from moe_lvlm.analysis.paths import PathStatistics, path_label
-from moe_lvlm.analysis.plots.style import BLUE, INK, expert_colors, panels, percent, styled
+from moe_lvlm.analysis.plots.style import BLUE, INK, expert_colors, label_shares, panels, percent, styled
 
 TOP_PATHS = 6
 """As many rows has the paper's figure."""
@@ -95,11 +95,5 @@ def _load_bars(axis: Axes, statistics: PathStatistics, place: int) -> None:
     y, left = np.arange(len(share)), np.zeros(len(share))
     for expert, color in enumerate(expert_colors(statistics.num_experts)):
         bars = axis.barh(y, share[:, expert], left=left, height=0.7, color=color, label=f"expert {expert}")
-        axis.bar_label(
-            bars,
-            fmt=lambda value: f"{value:.0%}" if value > _LABELLED_SHARE else "",
-            label_type="center",
-            color="white",
-            fontsize=7,
-        )
+        label_shares(axis, bars, above=_LABELLED_SHARE)
         left = left + share[:, expert]

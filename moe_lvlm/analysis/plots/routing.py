@@ -12,7 +12,17 @@ from matplotlib.lines import Line2D
 from numpy.typing import NDArray
 
 from moe_lvlm.analysis.measures import MODALITIES, site_name
-from moe_lvlm.analysis.plots.style import BLUE, CHANCE, LANGUAGE, VERMILION, VISION, panels, percent, styled
+from moe_lvlm.analysis.plots.style import (
+    BLUE,
+    CHANCE,
+    LANGUAGE,
+    VERMILION,
+    VISION,
+    label_shares,
+    panels,
+    percent,
+    styled,
+)
 from moe_lvlm.analysis.run_folder import Score
 from moe_lvlm.analysis.statistics import Agreement, RoutingStatistics, SiteStatistics
 
@@ -83,13 +93,7 @@ def _load_bars(axis: Axes, values: SiteStatistics) -> None:
         offset = (row - 0.5) * 0.4
         bars = axis.bar(x + offset, share[row], width=0.38, color=color, label=name)
         if values.num_experts <= _LABELLED_EXPERTS:
-            axis.bar_label(
-                bars,
-                fmt=lambda value: f"{value:.0%}" if value > _LABELLED_SHARE else "",
-                label_type="center",
-                color="white",
-                fontsize=7,
-            )
+            label_shares(axis, bars, above=_LABELLED_SHARE)
     axis.axhline(1 / values.num_experts, color=CHANCE, linewidth=1.2, linestyle=(0, (4, 3)), label="even load")
     axis.set_xticks(x if values.num_experts <= _TICKED_EXPERTS else x[:: values.num_experts // 4])
     axis.set_xlabel("expert")

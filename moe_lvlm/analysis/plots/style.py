@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
@@ -95,6 +96,17 @@ def spread(items: Sequence[Any], limit: int) -> list[Any]:
     if len(items) <= limit:
         return list(items)
     return [items[round(index)] for index in np.linspace(0, len(items) - 1, limit)]
+
+
+def label_shares(axis: Axes, bars: BarContainer, *, above: float) -> None:
+    """Write the share of each bar into it, where there is room: `above` this share."""
+    axis.bar_label(
+        bars,
+        fmt=lambda value: f"{value:.0%}" if value > above else "",
+        label_type="center",
+        color="white",
+        fontsize=7,
+    )
 
 
 def percent(value: float, _position: float | None = None) -> str:
