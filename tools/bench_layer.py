@@ -16,23 +16,20 @@ Saved MiB are what autograd keeps for the backward pass, parameters left out; dr
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
-from bench.check import CheckError, check_variants
+from bench.check import check_variants
+from bench.command import add_measuring_options, give, parse_measuring, prepare_device
 from bench.measure import peak_mib, ratio_and_spread, saved_mib, time_interleaved
 from bench.problem import DTYPES, Problem, Sizes, draw_problem, routing_probabilities
-from bench.report import describe_hardware, markdown, write_json
+from bench.report import describe_hardware, markdown
 from bench.variants import DENSE, Variant, choose
 from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
-
-INTERRUPTED = 130
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -44,49 +41,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--top-k", type=int, default=2)
     parser.add_argument("--tail-share", type=float, default=0.13, help="share of tokens on all experts under LTDR")
     parser.add_argument("--dtype", choices=[*DTYPES, "both"], default="both")
-    parser.add_argument("--threads", type=int, default=1, help="of the CPU")
-    parser.add_argument("--repeats", type=int, default=7, help="rounds that count")
-    parser.add_argument("--warmup", type=int, default=1, help="rounds before them")
-    parser.add_argument(
-        "--clock", choices=["wall", "cpu"], default="wall", help="cpu: this process's time, for a busy machine; no GPU"
-    )
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
-    parser.add_argument("--variants", help="comma-separated; the dense floor always runs (default: all)")
-    parser.add_argument("--json", type=Path, metavar="FILE")
-    parser.add_argument("--markdown", type=Path, metavar="FILE")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--check", action=argparse.BooleanOptionalAction, default=True)
-    args = parser.parse_args(argv)
-    if args.repeats < 1 or args.warmup < 0 or args.threads < 1:
-        parser.error("--repeats and --threads: 1 and above; --warmup: 0 and above")
-    return args
+    add_measuring_options(parser, floor="the dense floor")
+    return parse_measuring(parser, argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; the exit status."""
-    args = parse_args(argv)
-    console = Console(stderr=True)
-    try:
-        result, is_interrupted = run(args, console)
-    except CheckError as error:
-        console.print(f"check failed: {error}", markup=False)
-        return 1
-    except ValueError as error:
-        console.print(f"error: {error}", markup=False)
-        return 2
-    except KeyboardInterrupt:
-        console.print("interrupted before the first round was complete: nothing to report")
-        return INTERRUPTED
-    page = markdown(result)
-    print(page)
-    if args.json is not None:
-        write_json(args.json, result)
-        console.print(f"wrote {args.json}", markup=False)
-    if args.markdown is not None:
-        args.markdown.parent.mkdir(parents=True, exist_ok=True)
-        args.markdown.write_text(page)
-        console.print(f"wrote {args.markdown}", markup=False)
-    return INTERRUPTED if is_interrupted else 0
+    return give(parse_args(argv), run, markdown)
 
 
 def run(args: argparse.Namespace, console: Console) -> tuple[dict[str, Any], bool]:
@@ -96,15 +57,7 @@ def run(args: argparse.Namespace, console: Console) -> tuple[dict[str, Any], boo
         KeyboardInterrupt: it came before any round was complete.
         ValueError: sizes, device or variants that cannot be; CheckError if a variant computes something else.
     """
-    device = torch.device(args.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device: {args.device}, but torch sees no GPU; allowed: cpu")
-    if device.type == "cuda" and args.clock == "cpu":
-        raise ValueError("--clock: cpu, but the GPU's work is not in the process's time; allowed: wall")
-    if device.type == "cpu":
-        # read when deepspeed is first imported, which then looks for no GPU and builds nothing
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    torch.set_num_threads(args.threads)
+    device = prepare_device(args)
     sizes = Sizes(
         tokens=args.tokens,
         model_width=args.model_width,

@@ -32,7 +32,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import AdamW
 from transformers import AutoTokenizer, InstructBlipForConditionalGeneration
 
-from moe_lvlm.config.instructions import INSTRUCTION_SETS
+from moe_lvlm.config.instructions import QMOE_SETS
 from moe_lvlm.data.packs.archive import unpack_pack
 from moe_lvlm.data.scenes import EMOJI
 
@@ -139,9 +139,9 @@ def _image(split: str, record: dict[str, Any]) -> str:
 def exercise(item: Item, rng: np.random.Generator) -> Exercise:
     """The item under a random instruction, with a random one of its answers."""
     if item.question is None:
-        instruction = draw(INSTRUCTION_SETS["caption"], rng)
+        instruction = draw(QMOE_SETS["caption"], rng)
         return Exercise(instruction, instruction, draw(item.answers, rng))
-    template = draw(INSTRUCTION_SETS["choice" if item.choices else "vqa"], rng)
+    template = draw(QMOE_SETS["choice" if item.choices else "vqa"], rng)
     instruction = template.format(QUESTION=item.question, CANDIDATES=", ".join(item.choices))
     return Exercise(item.question, instruction, draw(item.answers, rng))
 

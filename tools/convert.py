@@ -8,6 +8,7 @@ from it (model.from_pretrained). A source that is ours is a run, one of its chec
     upcycle    a dense model -> a mixture of experts that computes what it did
     moe-llava  a released checkpoint of MoE-LLaVA -> a sparse model
     dense      a sparse model -> a dense one
+    mocle      a checkpoint of MoCLE's authors, in the InstructBLIP that it was trained around -> a model with LoRA experts
 
     python tools/convert.py parts models/phi-2 models/clip-vit-large-patch14-336 -o models/phi-llava --dtype bfloat16
     python tools/convert.py llava models/llava-v1.5-7b -o models/llava --vision-tower models/clip-vit-large-patch14-336
@@ -15,6 +16,7 @@ from it (model.from_pretrained). A source that is ours is a run, one of its chec
     python tools/convert.py upcycle runs/tune -o models/sparse --recipe ltdr.yaml router.tail_k=4
     python tools/convert.py moe-llava models/MoE-LLaVA-Phi2-2.7B-4e -o models/sparse --vision-tower models/clip
     python tools/convert.py dense runs/sparse -o models/dense --merge mean --plain
+    python tools/convert.py mocle c64_t005.pth --base models/instructblip-vicuna-7b -o models/mocle --temperature 0.05
 """
 
 from __future__ import annotations
@@ -162,6 +164,17 @@ def _dense(args: argparse.Namespace) -> Converted:
     return dense_folder(args.source, Merge.parse(args.merge), is_plain=args.plain)
 
 
+def _mocle(args: argparse.Namespace) -> Converted:
+    from moe_lvlm.conversion.released_mocle import from_released, write_clusters
+
+    converted = from_released(args.source, args.base, temperature=args.temperature)
+    if args.kmeans is not None and not args.dry_run:
+        centres, table = map(Path, args.kmeans)
+        write_clusters(centres, table, converted)
+        print(f"the table of clusters is in {table}")
+    return converted
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = make_parser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -182,6 +195,7 @@ def _parser() -> argparse.ArgumentParser:
             )
     _add_upcycle(commands)
     _add_dense(commands)
+    _add_mocle(commands)
     return parser
 
 
@@ -267,6 +281,22 @@ def _add_dense(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
     )
     command.add_argument("--plain", action="store_true", help="as transformers' LlavaForConditionalGeneration")
     command.set_defaults(convert=_dense)
+
+
+def _add_mocle(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    text = "a checkpoint of MoCLE's authors (LAVIS' layout) in its InstructBLIP, as a model with LoRA experts"
+    command = commands.add_parser("mocle", help=text, description=text, parents=[_output_parser()])
+    command.add_argument("source", metavar="FILE", help="the authors' .pth; nothing in it is run")
+    command.add_argument("--base", required=True, metavar="FOLDER", help="InstructBLIP around the same language model")
+    command.add_argument("--temperature", type=float, metavar="TAU", help="of the gates (default: what the file says)")
+    command.add_argument(
+        "--kmeans",
+        nargs=2,
+        metavar=("FILE", "TABLE"),
+        help="the authors' clustering model (joblib; nothing in it is run), and the table of clusters to write; needs the "
+        "sentence encoder",
+    )
+    command.set_defaults(convert=_mocle)
 
 
 if __name__ == "__main__":

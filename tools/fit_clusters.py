@@ -1,13 +1,17 @@
-"""Cluster the instructions of records, for the router `cluster`: write the table that a recipe names as data.clusters.
+"""Cluster the instructions of records, for the router `cluster` and for MoCLE: write the table that a recipe names as
+data.clusters, and beside it an index (.json) of what is in each cluster, for people.
 
-INPUT is a recipe (a name, or a .yaml file), for the records of its sparse stages, a setting in place of the recipes'
-(KEY=VALUE, as for `moe-lvlm train`), or a file of LLaVA records (.json, .jsonl). Each record's first human turn, without image marks, is encoded with a sentence-transformers model; k-means
-groups the distinct ones, each counted as often as it occurs. The table holds the centres and the cluster of every
-instruction; one that it does not hold goes to the nearest centre, for which the encoder is needed again.
-Needs sentence-transformers and scikit-learn: moe-lvlm's extra `clusters`.
+INPUT is a recipe (a name, or a .yaml file), for the records of its sparse or adapted stages, a setting in place of the
+recipes' (KEY=VALUE, as for `moe-lvlm train`), or a file of LLaVA records (.json, .jsonl). The instruction of a LLaVA
+record is its first human turn without image marks; a record of another layout has as many as its templates give. They
+are encoded with a sentence-transformers model; k-means groups the distinct ones, each counted as often as it occurs. The
+table holds the centres and the cluster of every instruction; one that it does not hold goes to the nearest centre, for
+which the encoder is needed again. Needs sentence-transformers and scikit-learn: moe-lvlm's extra `clusters`.
 
 Examples:
     python tools/fit_clusters.py ltdr/cluster data.image_root=data --out data/clusters.safetensors
+    python tools/fit_clusters.py mocle/instructblip --out data/mocle/clusters.safetensors
+    python tools/fit_clusters.py mocle/gating_dataset --by-dataset --out data/mocle/datasets.safetensors
     python tools/fit_clusters.py mix665k.json --assign textvqa.json pope.json --out clusters.safetensors --device cuda
     python tools/fit_clusters.py package:scenes/train.json --clusters 8 --dry-run
 
@@ -18,15 +22,23 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from terminal import DONE, make_parser, run
+
+if TYPE_CHECKING:
+    from moe_lvlm.config.recipe import Recipe
+    from moe_lvlm.config.records import RecordsSettings
+    from moe_lvlm.data.json_files import RecordFile
+    from moe_lvlm.data.layout import Layout
 
 LARGEST = 5  # clusters whose instructions are shown
 SHOWN = 3  # instructions of each
@@ -37,7 +49,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = make_parser(__doc__)
     parser.add_argument("inputs", nargs="+", metavar="INPUT", help="recipes, their settings, files of records")
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the table, a .safetensors file")
-    parser.add_argument("--clusters", type=int, default=128, metavar="K")
+    parser.add_argument("--clusters", type=int, metavar="K", help="default: the recipe's number, else 128")
+    parser.add_argument("--by-dataset", action="store_true", help="a cluster a dataset, its centre their mean")
     parser.add_argument("--stage", metavar="NAME", help="of a recipe, only this stage's records")
     parser.add_argument(
         "--assign", nargs="+", default=[], metavar="RECORDS", help="records, as of evaluation sets, that move no centre"
@@ -56,6 +69,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name.replace('_', '-')}: {value}; allowed: 1 or more")
+    if args.by_dataset and (args.clusters is not None or args.sample is not None):
+        parser.error("--by-dataset: has as many clusters as datasets; leave --clusters and --sample out")
     if args.seed < 0:
         parser.error(f"--seed: {args.seed}; allowed: 0 or more")
     if args.out.suffix != ".safetensors":
@@ -69,92 +84,156 @@ def main(argv: list[str] | None = None) -> int:
     return run(lambda: _fit(args))
 
 
+class _Dataset(NamedTuple):
+    """Records to read, and what their paths are relative to."""
+
+    settings: RecordsSettings
+    base: str
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """The same for what is read once, whoever names it."""
+        from moe_lvlm.data.mixture import resolve_path
+
+        others = self.settings.model_dump_json(exclude={"path", "image_root", "weight", "ratio"})
+        return str(resolve_path(self.settings.path, self.base)), others
+
+
 def _fit(args: argparse.Namespace) -> int:
-    from moe_lvlm.data.clustering import fit_clusters  # after --help, which needs none of it
+    from moe_lvlm.data.clustering import (
+        cluster_index,
+        dataset_table,
+        fit_clusters,
+    )  # after --help, which needs no torch
+    from moe_lvlm.data.clusters import write_whole
     from moe_lvlm.data.encoder import DEFAULT_ENCODER, load_encoder
 
     overrides = [text for text in args.inputs if _OVERRIDE.match(text)]
     inputs = [text for text in args.inputs if text not in overrides]
     if not inputs:
         raise ValueError("no records: name a recipe or a file of records besides the settings")
-    counts = _count(itertools.chain.from_iterable(_files(text, overrides, args.stage) for text in inputs))
-    assigned = _count(_record_file(text) for text in args.assign) if args.assign else Counter[str]()
-    if len(counts) < args.clusters:
+    recipes = {text: _recipe(text, overrides) for text in inputs}
+    num_clusters = args.clusters or _num_clusters([recipe for recipe in recipes.values() if recipe is not None])
+    by_dataset = _count(
+        itertools.chain.from_iterable(_datasets(text, recipe, args.stage) for text, recipe in recipes.items())
+    )
+    counts = sum(by_dataset.values(), Counter())
+    print(f"{len(counts):,} distinct instructions")
+    assigned: Counter[str] = Counter()
+    if args.assign:
+        assigned = sum(_count(_Dataset(_record_file(text), ".") for text in args.assign).values(), assigned)
+    if args.by_dataset:
+        num_clusters = len(by_dataset)
+    elif len(counts) < num_clusters:
         raise ValueError(
-            f"--clusters: {args.clusters} of {len(counts)} distinct instructions; allowed: 1 to {len(counts)}"
+            f"--clusters: {num_clusters} of {len(counts)} distinct instructions; allowed: 1 to {len(counts)}"
         )
     if args.dry_run:
         _show("the most frequent", counts.most_common(LARGEST))
-        print(f"would write {args.out}: {args.clusters} clusters, {len(counts | assigned):,} instructions")
+        print(f"would write {args.out}: {num_clusters} clusters, {len(counts | assigned):,} instructions")
         return DONE
     encoder = args.encoder or DEFAULT_ENCODER
     encode = load_encoder(encoder, device=args.device, batch_size=args.batch_size)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with _progress() as progress:
         task = progress.add_task("encode", total=len(counts | assigned))
-        table = fit_clusters(
-            counts,
-            encode,
-            encoder=args.encoder_name or encoder,
-            num_clusters=args.clusters,
-            seed=args.seed,
-            assigned=assigned,
-            sample=args.sample,
-            advance=lambda count: progress.advance(task, count),
-        )
+        shared: dict[str, Any] = {
+            "encoder": args.encoder_name or encoder,
+            "assigned": assigned,
+            "advance": lambda count: progress.advance(task, count),
+        }
+        if args.by_dataset:
+            table = dataset_table(by_dataset, encode, **shared)
+        else:
+            table = fit_clusters(
+                counts, encode, num_clusters=num_clusters, seed=args.seed, sample=args.sample, **shared
+            )
     table.save(args.out)
-    by_cluster: dict[int, list[tuple[str, int]]] = {cluster: [] for cluster in range(table.num_clusters)}
-    for text, count in counts.most_common():
-        cluster = table.find(text)
-        assert cluster is not None
-        by_cluster[cluster].append((text, count))
-    for cluster, members in by_cluster.items():
-        records = sum(count for _, count in members)
-        line = f"cluster {cluster}: {records:,} records, {len(members):,} distinct instructions"
-        if cluster < LARGEST:
-            _show(line, members[:SHOWN])
+    index = cluster_index(table, counts)
+    index_file = args.out.with_suffix(".json")
+    write_whole(index_file, (json.dumps(index, indent=1, ensure_ascii=False) + "\n").encode())
+    for found in index["clusters"]:
+        name = f" ({found['dataset']})" if "dataset" in found else ""
+        line = (
+            f"cluster {found['cluster']}{name}: {found['instructions']:,} instructions, {found['distinct']:,} distinct"
+        )
+        if found["cluster"] < LARGEST:
+            _show(line, [(one["instruction"], one["count"]) for one in found["commonest"][:SHOWN]])
         else:
             print(line)
-    print(f"wrote {args.out}: {table.num_clusters} clusters, {len(table.ids_I):,} instructions")
+    print(f"wrote {args.out}: {table.num_clusters} clusters, {len(table.ids_I):,} instructions; {index_file}")
     return DONE
 
 
-def _files(text: str, overrides: list[str], stage: str | None) -> list[Path]:
-    """Files of records that an argument stands for."""
+def _recipe(text: str, overrides: list[str]) -> Recipe | None:
+    """The recipe that an argument names; None for a file of records."""
     from moe_lvlm.config.load import list_recipes, load_recipe
-    from moe_lvlm.data.clustering import recipe_files
 
     if text in list_recipes() or Path(text).suffix in (".yaml", ".yml"):
-        return recipe_files(load_recipe(text, overrides), stage)
-    return [_record_file(text)]
+        return load_recipe(text, overrides)
+    return None
 
 
-def _record_file(text: str) -> Path:
+def _num_clusters(recipes: Sequence[Recipe]) -> int:
+    """What the first recipe that goes by clusters says, else LTDR's 128."""
+    from moe_lvlm.config.adapter import MoCLESettings
+
+    for recipe in recipes:
+        if isinstance(recipe.model.adapter, MoCLESettings) and recipe.model.adapter.gating == "cluster":
+            return recipe.model.adapter.num_clusters
+        if recipe.moe.router.kind == "cluster":
+            return recipe.moe.router.num_clusters
+    return 128
+
+
+def _datasets(text: str, recipe: Recipe | None, stage: str | None) -> list[_Dataset]:
+    """The datasets that an argument stands for."""
+    from moe_lvlm.data.clustering import recipe_sources
+
+    if recipe is None:
+        return [_Dataset(_record_file(text), ".")]
+    return [_Dataset(source, recipe.data.image_root) for source in recipe_sources(recipe, stage)]
+
+
+def _record_file(text: str) -> RecordsSettings:
     from moe_lvlm.config.load import list_recipes
+    from moe_lvlm.config.records import RecordsSettings
     from moe_lvlm.data.llava_json import SUFFIXES
-    from moe_lvlm.data.packs import resolve
 
     if Path(text).suffix not in SUFFIXES:
         raise ValueError(
             f"{text}: neither records nor a recipe; allowed: a file that ends in {', '.join(SUFFIXES)} or .yaml, or one "
             f"of {', '.join(list_recipes())}"
         )
-    return resolve(text)
+    return RecordsSettings(path=text)
 
 
-def _count(files: Iterable[Path]) -> Counter[str]:
-    """How often each instruction occurs in the files, each read once."""
-    from moe_lvlm.data.clustering import count_instructions
-    from moe_lvlm.data.llava_json import read_records
+def _count(datasets: Iterable[_Dataset]) -> dict[str, Counter[str]]:
+    """How often each instruction occurs in each dataset, by name; each is read once."""
+    from moe_lvlm.data.mixture import read_dataset, source_name
 
-    counts: Counter[str] = Counter()
-    for file in dict.fromkeys(files):
-        records = read_records(file)
-        num_bad = count_instructions((records[index] for index in range(len(records))), counts)
+    found: dict[str, Counter[str]] = {}
+    for dataset in {dataset.key: dataset for dataset in datasets}.values():
+        records, layout = read_dataset(dataset.settings, dataset.base)
+        counts = found.setdefault(source_name(dataset.settings), Counter())
+        num_bad = _read(records, layout, counts)
         bad = f", {num_bad:,} of them bad and left out" if num_bad else ""
-        print(f"{file}: {len(records):,} records{bad}")
-    print(f"{len(counts):,} distinct instructions")
-    return counts
+        print(f"{records.path}: {len(records):,} records{bad}")
+    return found
+
+
+def _read(records: RecordFile, layout: Layout, counts: Counter[str]) -> int:
+    """Count the instructions of all records; how many are bad."""
+    from moe_lvlm.data.clustering import count_instructions
+
+    with _progress() as progress:
+        task = progress.add_task("read", total=len(records))
+        rows = (records[index] for index in range(len(records)))
+        return count_instructions(rows, counts, layout, lambda count: progress.advance(task, count))
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=Console(stderr=True))
 
 
 def _show(heading: str, members: Iterable[tuple[str, int]]) -> None:

@@ -36,7 +36,7 @@ from scene_tasks_truths import WORDS, Picture, compose_picture, draw_truth
 from scenes_teaching import PATCH, patch_labels
 from transformers import BlipImageProcessor, InstructBlipProcessor, InstructBlipVisionModel
 
-from moe_lvlm.config.instructions import INSTRUCTION_SETS
+from moe_lvlm.config.instructions import QMOE_SETS
 from moe_lvlm.data.packs.archive import write_manifest
 from moe_lvlm.data.scenes import COLOURS, EMOJI, SIDE, Sprites
 
@@ -128,9 +128,7 @@ def make_records(shown: Sequence[Shown], *, seed: int) -> dict[str, Any]:
 def known_texts(*, seed: int) -> set[str]:
     """Instructions, questions, answers and captions with every word that the pack knows."""
     rng = np.random.default_rng([seed, 4])
-    texts = {
-        template.format(QUESTION="", CANDIDATES="") for templates in INSTRUCTION_SETS.values() for template in templates
-    }
+    texts = {template.format(QUESTION="", CANDIDATES="") for templates in QMOE_SETS.values() for template in templates}
     for _ in range(NUM_SCENES_READ):
         truth = draw_truth(rng)
         captions = [*web_captions(truth), *(object_captions(truth) if truth.sign is None else sign_captions(truth))]

@@ -1,10 +1,12 @@
 """Train and evaluate the rows of a paper's table or figure, and show them beside what the paper prints.
 
-A row is a recipe under ltdr/ or qmoe/ (`moe-lvlm recipes` lists them). Each different recipe and seed is one run in a
+A row is a recipe under ltdr/, mocle/ or qmoe/ (`moe-lvlm recipes` lists them). Each different recipe and seed is one run in a
 folder of its own, shared by all tables; dense stages are trained once a seed, and every row begins with them. What is
 done is not done again, and what was broken off goes on: the same command always takes up where it stopped.
 
 papers: ltdr  table1, table3, table4, table5, table6, table7, table11, table12, figure1b, figure4, figure5, claims
+        mocle table2, table3, table4, table5, table6, table7, figure3_clusters, figure3_experts, figure3_temperature,
+              conflict, conflict_gating
         qmoe  table1, table2, table3, table4, table5, table6, figure3, claims
         A table is <paper>.<table>: qmoe.table4, or qmoe.4 for short; ltdr.figure1b, or ltdr.1b; qmoe.all is all of a
         paper's. Without a paper LTDR's are meant: 3 is ltdr.table3. --list tells what each is.
@@ -13,6 +15,7 @@ scales: tiny  a small model on emoji scenes, minutes a run on one CPU core: it s
 
 Examples:
     python tools/reproduce.py ltdr.table3 --seeds 5
+    python tools/reproduce.py mocle.table7 --seeds 5
     python tools/reproduce.py qmoe.4 --seeds 3 --rows pre,cls --json table4.json
     python tools/reproduce.py qmoe.claims --seeds 5 --markdown claims.md
     python tools/reproduce.py qmoe.all --dry-run
@@ -92,9 +95,9 @@ def _list() -> int:
     for paper in read_papers().values():
         print(f"{paper.name}: {paper.title}")
         for table in paper.tables.values():
-            print(f"  {f'{paper.name}.{table.name}':16}{table.title}")
+            print(f"  {f'{paper.name}.{table.name}':28}{table.title}")
             for row in table.rows:
-                print(f"{'':18}  {row.recipe:26}{row.label}")
+                print(f"{'':30}  {row.recipe:26}{row.label}")
     return terminal.DONE
 
 

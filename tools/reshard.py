@@ -17,6 +17,9 @@ exported and trained further from the result as a new run or stage; the run itse
 --dtype otherwise changes the weights of what is not trained; masters and moments stay float32, so that going on is
 exact.
 
+--whole: also write the weights that a checkpoint leaves out because no stage has trained them (train.checkpoint.
+save_frozen: false), so that the result needs no other folder. Without it the result leaves out the same ones.
+
 A checkpoint of DeepSpeed has no model configuration: --config gives it. --recipe and --stage say to which stage its
 steps belong, which training needs to go on from it.
 
@@ -49,6 +52,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     files.add_argument("--max-file-size", type=parse_bytes, metavar="SIZE", help="as few as this allows (default: 5GB)")
     parser.add_argument("--dtype", choices=["bfloat16", "float32"], help="of weights; see above")
     parser.add_argument("--drop-optimizer", action="store_true", help="keep the weights alone")
+    parser.add_argument("--whole", action="store_true", help="write the weights that the source leaves out, too")
     parser.add_argument("--name", help="the checkpoint's name; TARGET is then the folder of checkpoints")
     parser.add_argument("--tag", help="which checkpoint of DeepSpeed (default: the one that its `latest` names)")
     parser.add_argument("--config", type=Path, metavar="PATH", help="config.json, or a folder with it, for DeepSpeed's")
@@ -85,6 +89,7 @@ def _reshard(args: argparse.Namespace) -> int:
         max_file_bytes=args.max_file_size or DEFAULT_FILE_BYTES,
         dtype=None if args.dtype is None else as_dtype(args.dtype),
         keeps_optimizer=not args.drop_optimizer,
+        is_whole=args.whole,
     )
     if args.config is not None:
         _check_model(args.config, plan)
@@ -140,6 +145,9 @@ def _describe(plan: Reshard, target: Path) -> None:
         print(f"  dropped  {kind:<10} {'':>6}         {size:>20,} bytes")
     if plan.converted:
         print(f"  {plan.converted} tensors change their type")
+    if plan.base is not None:
+        count, size = len(plan.base.tensors), plan.base.num_bytes
+        print(f"  left out {'weight':<10} {count:>6} tensors {size:>20,} bytes")
     print(f"  random number generators of {len(plan.rng)} ranks")
     print(f"{target}:")
     for file, size in plan.files().items():

@@ -41,7 +41,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from moe_lvlm.config.instructions import INSTRUCTION_SETS
+from moe_lvlm.config.instructions import QMOE_SETS
 from moe_lvlm.data.scenes import SIDE
 
 NUM_QUERIES = 8
@@ -180,7 +180,7 @@ def draw_lesson(rng: np.random.Generator) -> Lesson:
         return Lesson(caption.told, captioning(caption.text, rng))
     has_choices = rng.random() < 0.5
     asked = draw(choice_questions(truth) if has_choices else open_questions(truth), rng)
-    instruction = draw(INSTRUCTION_SETS["choice" if has_choices else "vqa"], rng).format(
+    instruction = draw(QMOE_SETS["choice" if has_choices else "vqa"], rng).format(
         QUESTION=asked.question, CANDIDATES=", ".join(asked.choices(rng)) if has_choices else None
     )
     told = all_told(truth)
@@ -203,7 +203,7 @@ def _needed(kind: Kind, question: str, told: Sequence[str]) -> list[str]:
 
 def captioning(text: str, rng: np.random.Generator) -> Exercise:
     """A caption under one of the instructions, which is also what the Q-Former reads."""
-    instruction = draw(INSTRUCTION_SETS["caption"], rng)
+    instruction = draw(QMOE_SETS["caption"], rng)
     return Exercise(instruction, instruction, text)
 
 

@@ -18,12 +18,6 @@ from moe_lvlm.routing.types import LANGUAGE_MODEL, Modality, RoutingContext, Rou
 MODALITIES = (Modality.LANGUAGE, Modality.VISION)
 
 
-def is_of_tokens(decision: RoutingDecision) -> bool:
-    """Whether a decision is about tokens, or about samples and so all of their tokens. The others are a connector's, about
-    an image as a whole: its visual tokens are no patches and all go the same way, so nothing tells tail from head."""
-    return decision.level != "image"
-
-
 def routing_entropy(probs_RE: Tensor) -> Tensor:
     """Entropy of each row's routing probabilities in nats, [R]: 0 for one sure expert, log E for a uniform row."""
     return torch.special.entr(probs_RE.detach().float()).sum(dim=-1)
@@ -67,7 +61,7 @@ def _count_slots(routing: RoutingDecision, counted_TK: Tensor, modality_T: Tenso
 
 
 def tail_by_site(trace: RoutingTrace, image: int) -> dict[Site, Tensor]:
-    """Tail flags of one image's tokens at every site of tokens, bool [tokens of the image] on the CPU, in patch order.
+    """Tail flags of one image's tokens at every layer with experts of the language model, bool [tokens of the image] on the CPU, in patch order.
 
     Raises:
         ValueError: the trace's batch has no such image.
@@ -77,11 +71,10 @@ def tail_by_site(trace: RoutingTrace, image: int) -> dict[Site, Tensor]:
     if not bool(of_image_T.any()):
         highest = int(context.image_T.max()) if context.image_T.numel() else -1
         raise ValueError(f"image {image}: not in this trace's batch; allowed: 0 to {highest}")
-    flags = {}
-    for site, decision in trace.items():
-        if is_of_tokens(decision):
-            flags[site] = tail_flags(decision.by_token(context).probs_RE, context)[of_image_T].cpu()
-    return flags
+    return {
+        site: tail_flags(decision.by_token(context).probs_RE, context)[of_image_T].cpu()
+        for site, decision in trace.of(LANGUAGE_MODEL)
+    }
 
 
 class LoadCounter:
@@ -104,7 +97,7 @@ class LoadCounter:
         for site, decision in trace.items():
             routing = decision.by_token(context)
             _add(self._load, site, expert_load(routing, context.modality_T))
-            if is_of_tokens(decision):
+            if site.part == LANGUAGE_MODEL:
                 tail = tail_flags(routing.probs_RE, context).sum()
                 _add(self._tail, site, torch.stack((tail, vision)))
             if routing.dropped_RK is not None:
@@ -123,8 +116,8 @@ class LoadCounter:
         """For the training log: `{"expert_load": {layer: {modality: [E counts]}}, "tail_share": {layer: share}}`, and
         `"dropped"` as expert_load where a capacity is set, `"conflicts"` likewise where the router looks for them.
 
-        Layers are strings as JSON has them ("0"; sites outside the language model are "part.layer"). Where images are
-        routed as a whole (a connector), their visual tokens are counted, and there is no tail. Without a MoE layer both
+        Layers are strings as JSON has them ("0"; sites outside the language model are "part.layer"). A connector routes images
+        as a whole, their visual tokens are counted; only experts of the language model have a tail. Without a MoE layer both
         are None; without a vision token `tail_share` is.
         """
         if not self._load:

@@ -11,13 +11,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from moe_lvlm.analysis.json_object import read_object, whole_numbers
 from moe_lvlm.routing.trace import RoutingTrace
 from moe_lvlm.routing.types import CONNECTOR, RoutingDecision, Site
 
@@ -163,18 +163,7 @@ class PathStatistics:
         """
         paths = sorted(self.overall())
         table_NP = np.array([[counts[path] for path in paths] for counts in self._counts.values()], dtype=np.int64)
-        if not table_NP.size:
-            return TaskInformation(0.0, 0.0, 0.0, num_shuffles, num_shuffles)
-        measured = mutual_information(table_NP)
-        random = np.random.default_rng(seed)
-        shuffled = np.array([mutual_information(_shuffle(table_NP, random)) for _ in range(num_shuffles)])
-        return TaskInformation(
-            measured=measured,
-            by_chance=float(shuffled.mean()),
-            highest=_entropy(table_NP.sum(axis=1)),
-            num_reached=int((shuffled >= measured - _ROUNDING).sum()),
-            num_shuffles=num_shuffles,
-        )
+        return shared_information(table_NP, num_shuffles=num_shuffles, seed=seed)
 
     def save(self, path: str | Path) -> None:
         """Write everything to one JSON file."""
@@ -193,10 +182,10 @@ class PathStatistics:
             ValueError: the file is none of ours, of another format version, or holds a path that its layers and
                 experts do not allow.
         """
-        content = _read_object(Path(path))
+        content = read_object(Path(path), what="expert paths", version=_FORMAT, keys=_KEYS)
         result = PathStatistics()
-        result.layers = tuple(_whole_numbers(content["layers"], at_least=0, where=f"{path}: layers"))
-        (result.num_experts,) = _whole_numbers([content["num_experts"]], at_least=0, where=f"{path}: num_experts")
+        result.layers = tuple(whole_numbers(content["layers"], at_least=0, where=f"{path}: layers"))
+        (result.num_experts,) = whole_numbers([content["num_experts"]], at_least=0, where=f"{path}: num_experts")
         if list(result.layers) != sorted(set(result.layers)):
             raise ValueError(f"{path}: layers: {list(result.layers)}; allowed: each once, ascending")
         if not isinstance(content["counts"], dict):
@@ -210,7 +199,7 @@ class PathStatistics:
             if not isinstance(counts, dict) or not counts:
                 raise ValueError(f"{where}: {counts!r}; allowed: an object, at least one path with its count")
             paths = [result._parse(label, where) for label in counts]
-            numbers = _whole_numbers(list(counts.values()), at_least=1, where=where)
+            numbers = whole_numbers(list(counts.values()), at_least=1, where=where)
             result._counts[task] = Counter(dict(zip(paths, numbers, strict=True)))
         return result
 
@@ -241,13 +230,33 @@ def _taken_paths(decisions: Mapping[Site, RoutingDecision]) -> Tensor:
     return torch.cat([decision.expert_ids_RK for decision in decisions.values()], dim=1)[first.keep_RK[:, 0]]
 
 
+def shared_information(table: IntArray, *, num_shuffles: int = 1000, seed: int = 0) -> TaskInformation:
+    """What the column tells of the row of things that a table counts, beside what chance gives.
+
+    Rows are shuffled among things, which leaves the sums of rows and columns as they are. Only the table is drawn, row by
+    row, so that the time depends on its size, not on the number of things. Things count as independent of each other.
+    """
+    if not table.size:
+        return TaskInformation(0.0, 0.0, 0.0, num_shuffles, num_shuffles)
+    measured = mutual_information(table)
+    random = np.random.default_rng(seed)
+    shuffled = np.array([mutual_information(_shuffle(table, random)) for _ in range(num_shuffles)])
+    return TaskInformation(
+        measured=measured,
+        by_chance=float(shuffled.mean()),
+        highest=entropy(table.sum(axis=1)),
+        num_reached=int((shuffled >= measured - _ROUNDING).sum()),
+        num_shuffles=num_shuffles,
+    )
+
+
 def mutual_information(table: IntArray) -> float:
     """Between the row and the column of things that a table counts, in nats; the estimate from counts as they are, which
     is too high where counts are few."""
-    return max(_entropy(table.sum(axis=0)) + _entropy(table.sum(axis=1)) - _entropy(table.ravel()), 0.0)
+    return max(entropy(table.sum(axis=0)) + entropy(table.sum(axis=1)) - entropy(table.ravel()), 0.0)
 
 
-def _entropy(counts: IntArray) -> float:
+def entropy(counts: IntArray) -> float:
     """Of the shares of these counts, in nats."""
     kept = counts[counts > 0].astype(np.float64)
     total = float(kept.sum())
@@ -262,27 +271,3 @@ def _shuffle(table_NP: IntArray, random: np.random.Generator) -> IntArray:
         drawn[row] = random.multivariate_hypergeometric(left_P, int(size), method="marginals")
         left_P = left_P - drawn[row]
     return drawn
-
-
-def _read_object(path: Path) -> dict[str, Any]:
-    """The file's keys, all there and none else.
-
-    Raises:
-        ValueError: they are not.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
-    version = content.get("format") if isinstance(content, dict) else None
-    if version != _FORMAT:
-        raise ValueError(f"{path}: expert paths of format {version}; allowed: {_FORMAT}")
-    if set(content) != set(_KEYS):
-        raise ValueError(f"{path}: keys {', '.join(content)}; allowed: exactly {', '.join(_KEYS)}")
-    return content
-
-
-def _whole_numbers(values: Any, *, at_least: int, where: str) -> list[int]:
-    if not isinstance(values, list) or not all(type(value) is int and value >= at_least for value in values):
-        raise ValueError(f"{where}: {values!r}; allowed: whole numbers from {at_least}")
-    return values

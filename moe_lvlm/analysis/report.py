@@ -10,29 +10,23 @@ from typing import Any
 
 import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from matplotlib.figure import Figure
 from PIL import Image
 
 from moe_lvlm.analysis import plots
-from moe_lvlm.analysis.measures import MODALITIES, site_name
+from moe_lvlm.analysis.adapter_section import POINTS, adapter_section, is_expected
+from moe_lvlm.analysis.adapters import is_adapter, linear_name
+from moe_lvlm.analysis.measures import MODALITIES, site_name, site_of
 from moe_lvlm.analysis.paths import PathStatistics, path_label
+from moe_lvlm.analysis.pictures import Picture, saved_picture
 from moe_lvlm.analysis.plots.style import spread
 from moe_lvlm.analysis.run_folder import Prediction, RunFolder
 from moe_lvlm.analysis.settings import settings_rows, text_of
-from moe_lvlm.routing.types import CONNECTOR
+from moe_lvlm.routing.types import CONNECTOR, Site
 
 _TEMPLATE_FOLDER = Path(__file__).parent / "templates"
 _PREDICTIONS_PER_TASK = 8
+_ADAPTED_LINEARS = 2
 _THUMBNAIL_PIXELS = 192
-
-
-@dataclass(frozen=True, slots=True)
-class Picture:
-    """A figure in the page. text: one sentence on how to read it."""
-
-    file: str
-    title: str
-    text: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +57,7 @@ def write_report(run: str | Path) -> Path:
     """Write report/index.html and its PNGs into a run's folder; the page's path.
 
     What the run does not have yet (no evaluation, no MoE layer) is named in its section, with the command that makes
-    it. Pictures of an earlier report are replaced.
+    it. Pictures and points of an earlier report are replaced.
 
     Raises:
         ValueError: the folder is not a run's, or one of its files is broken.
@@ -71,7 +65,7 @@ def write_report(run: str | Path) -> Path:
     folder = RunFolder(run)
     report = folder.path / "report"
     report.mkdir(exist_ok=True)
-    for old in report.glob("*.png"):
+    for old in [*report.glob("*.png"), *report.glob(POINTS)]:
         old.unlink()
     environment = Environment(
         loader=FileSystemLoader(_TEMPLATE_FOLDER),
@@ -94,6 +88,8 @@ def write_report(run: str | Path) -> Path:
         has_connector_experts=_has_connector_experts(folder),
         path_text=None if folder.paths is None else _path_text(folder.paths),
         paths=_path_pictures(folder, report),
+        has_adapter_experts=is_expected(folder.recipe),
+        adapters=adapter_section(folder, report),
         dropped=_dropped_rows(folder),
         adaptations=_adaptation_rows(folder),
         agreement=_agreement_pictures(folder, report),
@@ -107,26 +103,18 @@ def write_report(run: str | Path) -> Path:
     return path
 
 
-def _picture(figure: Figure | None, report: Path, name: str, title: str, text: str) -> list[Picture]:
-    """The figure saved, or nothing where there is none."""
-    if figure is None:
-        return []
-    plots.save(figure, report / f"{name}.png")
-    return [Picture(f"{name}.png", title, text)]
-
-
 def _training_pictures(folder: RunFolder, report: Path) -> list[Picture]:
     if not folder.steps:
         return []
     return (
-        _picture(
+        saved_picture(
             plots.loss_by_stage(folder.steps),
             report,
             "loss",
             "Loss by stage",
             "Faint: every logged step; strong: moving average within a stage; dashed lines separate the stages.",
         )
-        + _picture(
+        + saved_picture(
             plots.load_over_training(folder.steps),
             report,
             "load-training",
@@ -134,14 +122,32 @@ def _training_pictures(folder: RunFolder, report: Path) -> list[Picture]:
             "Each line is the share of a modality's assignments that one expert gets; on the dashed line all experts get "
             "the same.",
         )
-        + _picture(
+        + saved_picture(
             plots.load_over_training(folder.steps, part=CONNECTOR),
             report,
             "load-training-connector",
             "Load of the connector's experts over training",
             "Each line is the share of images that one expert gets; on the dashed line all experts get the same.",
         )
+        + _adapter_load_pictures(folder, report)
     )
+
+
+def _adapter_load_pictures(folder: RunFolder, report: Path) -> list[Picture]:
+    """One figure for each of the first two linears that have LoRA experts."""
+    sites = {site_of(name) for step in folder.steps for name in step.get("expert_load") or ()}
+    pictures: list[Picture] = []
+    for part in sorted({site.part for site in sites if is_adapter(site)})[:_ADAPTED_LINEARS]:
+        name = linear_name(Site(part, 0))
+        pictures += saved_picture(
+            plots.load_over_training(folder.steps, part=part),
+            report,
+            f"load-training-{name.replace('.', '-')}",
+            f"Load of the LoRA experts of {name} over training",
+            "Each line is the share of tokens whose sample one expert gets, with the noise of training; on the dashed line "
+            "all experts get the same. No loss asks for that.",
+        )
+    return pictures
 
 
 def _accuracy_picture(folder: RunFolder, report: Path) -> list[Picture]:
@@ -156,20 +162,20 @@ def _accuracy_picture(folder: RunFolder, report: Path) -> list[Picture]:
             " Captions are scored by CIDEr, which is no share: it is shown a hundredfold, as is usual, can pass 100, and "
             "cannot be compared with the other bars. Its red mark is the best of some captions given to every image."
         )
-    return _picture(plots.accuracy_by_task(folder.scores), report, "accuracy", "Accuracy by task", text)
+    return saved_picture(plots.accuracy_by_task(folder.scores), report, "accuracy", "Accuracy by task", text)
 
 
 def _routing_pictures(folder: RunFolder, report: Path) -> list[Picture]:
     if folder.routing is None:
         return []
-    return _picture(
+    return saved_picture(
         plots.load_by_modality(folder.routing),
         report,
         "load-modality",
         "Token load of every expert by modality",
         "Bars of one colour in one panel add up to 100 %: how a modality's assignments in evaluation are shared out "
         "among the experts of a layer.",
-    ) + _picture(
+    ) + saved_picture(
         plots.rpv_histogram(folder.routing),
         report,
         "rpv",
@@ -212,14 +218,14 @@ def _path_text(paths: PathStatistics) -> list[str]:
 def _path_pictures(folder: RunFolder, report: Path) -> list[Picture]:
     if folder.paths is None:
         return []
-    return _picture(
+    return saved_picture(
         plots.paths_by_task(folder.paths),
         report,
         "paths",
         "Expert paths by task",
         "Rows are the most frequent paths, by their mean share over tasks, and all others together; each column adds up "
         "to 100 % of a task's images. A path lists the expert of each layer, the lowest layer first.",
-    ) + _picture(
+    ) + saved_picture(
         plots.expert_load_by_task(folder.paths),
         report,
         "load-connector",
@@ -259,14 +265,14 @@ def _adaptation_rows(folder: RunFolder) -> list[tuple[str, int, int, int, int]]:
 
 def _agreement_pictures(folder: RunFolder, report: Path) -> list[Picture]:
     agreement = None if folder.routing is None else plots.foreground_agreement(folder.routing)
-    return _picture(
+    return saved_picture(
         plots.tail_overlay(folder.examples),
         report,
         "tail-examples",
         "Tail tokens over example images",
         "Red outlines hold the tail tokens of a layer (RPV above the mean of the image), all else is dimmed; blue "
         "dashes are the foreground mask on the same grid.",
-    ) + _picture(
+    ) + saved_picture(
         agreement,
         report,
         "tail-foreground",

@@ -11,10 +11,14 @@ from typing import Any
 
 import yaml
 
+from moe_lvlm.analysis.adapters import AdapterStatistics
 from moe_lvlm.analysis.examples import ExampleStore, RoutingExample
+from moe_lvlm.analysis.instructions import InstructionSample
 from moe_lvlm.analysis.paths import PathStatistics
 from moe_lvlm.analysis.statistics import RoutingStatistics
 
+TRAINING_DATA = "_training_data"
+"""Folder in eval/ of what the evaluation found of the training data; no evaluation set's name begins so."""
 _PREDICTION_KEYS = ("key", "task", "image", "question", "prediction", "answer", "correct")
 _SCORE_KEYS = ("accuracy", "majority", "n")
 
@@ -170,6 +174,33 @@ class RunFolder:
         for path in self._evaluated("paths.json"):
             total.merge(PathStatistics.load(path))
         return total if len(total) else None
+
+    @cached_property
+    def adapters(self) -> AdapterStatistics | None:
+        """Decisions of LoRA experts in all evaluation sets together, or None if there are none."""
+        total: AdapterStatistics | None = None
+        for path in self._evaluated("adapters.json"):
+            if path.parent.name == TRAINING_DATA:
+                continue
+            statistics = AdapterStatistics.load(path)
+            if total is None:
+                total = statistics
+            else:
+                total.merge(statistics)
+        return total if total is not None and len(total) else None
+
+    @cached_property
+    def training_adapters(self) -> AdapterStatistics | None:
+        """The same of a sample of the training data."""
+        path = self.path / "eval" / TRAINING_DATA / "adapters.json"
+        statistics = AdapterStatistics.load(path) if path.is_file() else None
+        return statistics if statistics is not None and len(statistics) else None
+
+    @cached_property
+    def instructions(self) -> InstructionSample | None:
+        """A sample of the training data's instructions, or None if none was drawn."""
+        path = self.path / "eval" / TRAINING_DATA / "instructions.json"
+        return InstructionSample.load(path) if path.is_file() else None
 
     @cached_property
     def examples(self) -> list[RoutingExample]:

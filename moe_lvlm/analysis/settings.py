@@ -27,6 +27,9 @@ def settings_rows(recipe: dict[str, Any]) -> list[tuple[str, str]]:
         rows.append(("Experts", "in the connector only: no stage says upcycle, the language model is dense"))
     else:
         rows.append(("Experts", "none: no stage says upcycle, the model is dense"))
+    if model.get("adapter"):
+        is_adapted = any(stage.get("adapt") for stage in recipe.get("stages") or [])
+        rows.append(("Adapter", _adapter(model["adapter"]) if is_adapted else "none: no stage says adapt"))
     rows += [
         ("Parallel", f"DeepSpeed {parallel.get('deepspeed')}, expert parallel {parallel.get('expert_parallel_size')}"),
         ("Precision", train.get("precision")),
@@ -61,6 +64,19 @@ def _connector(connector: dict[str, Any]) -> str | None:
     return (
         f"Q-MoE: {experts.get('num_experts')} experts{general} in the top {experts.get('num_layers')} layers, router "
         f"{experts.get('router')}, chosen {path}"
+    )
+
+
+def _adapter(adapter: dict[str, Any]) -> str:
+    """A LoRA, or LoRA experts and what their gate reads."""
+    low_rank = f"rank {adapter.get('rank')}, alpha {adapter.get('alpha')}, on {text_of(adapter.get('target_modules'))}"
+    if adapter.get("kind") != "mocle":
+        return f"LoRA, {low_rank}"
+    universal = " and a universal one" if adapter.get("has_universal") else f", top {adapter.get('top_k')}"
+    rows = f" ({adapter.get('num_clusters')} rows)" if adapter.get("gating") in ("cluster", "dataset") else ""
+    return (
+        f"MoCLE: {adapter.get('num_experts')} LoRA experts{universal}, {low_rank}; gates by "
+        f"{adapter.get('gating')}{rows}, temperature {adapter.get('temperature')}"
     )
 
 

@@ -20,13 +20,12 @@ from moe_lvlm.analysis.measures import (
     MODALITIES,
     dropped_load,
     expert_load,
-    is_of_tokens,
     routing_entropy,
     tail_flags,
 )
 from moe_lvlm.routing.ltdr import routing_probability_variance
 from moe_lvlm.routing.trace import RoutingTrace
-from moe_lvlm.routing.types import Modality, RoutingContext, RoutingDecision, Site
+from moe_lvlm.routing.types import LANGUAGE_MODEL, Modality, RoutingContext, RoutingDecision, Site
 
 IntArray = NDArray[np.int64]
 FloatArray = NDArray[np.float64]
@@ -204,9 +203,8 @@ class RoutingStatistics:
         """
         context = trace.context
         targets = _foreground_by_image(context, foreground)
-        for site, decision in trace.items():
-            if is_of_tokens(decision):
-                self._update_site(self._site(site, decision.probs_RE.shape[-1]), decision, context, targets)
+        for site, decision in trace.of(LANGUAGE_MODEL):
+            self._update_site(self._site(site, decision.probs_RE.shape[-1]), decision, context, targets)
 
     def _site(self, site: Site, num_experts: int) -> SiteStatistics:
         statistics = self._sites.setdefault(site, SiteStatistics.empty(num_experts))

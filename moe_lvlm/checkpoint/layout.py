@@ -5,6 +5,7 @@
     index.json              logical tensor -> kind -> dtype, shape, and flat ranges with file and key
     rank-00000.safetensors  the flat ranges that rank 0 owned, and so on
     rng-00000.safetensors   rank 0's random number generators, and so on
+    base.json               only where weights are left out: which, and the folders that hold them (`base`)
     manifest.json           size and xxh3-128 of each of the others; a folder without it is no checkpoint
 
 A flat range [start, stop) counts elements of the row-major flattened *logical* tensor: an expert weight is
@@ -25,10 +26,13 @@ from typing import Any, Literal, get_args
 import torch
 
 FORMAT_VERSION = 1
+FORMAT_WITH_BASE = 2  # of state, manifest and base where weights are left out: a program that knows no base must refuse
+FORMAT_VERSIONS = (FORMAT_VERSION, FORMAT_WITH_BASE)
 CONFIG_FILE = "config.json"
 STATE_FILE = "state.json"
 INDEX_FILE = "index.json"
 MANIFEST_FILE = "manifest.json"
+BASE_FILE = "base.json"
 LATEST_FILE = "latest"
 HAS_OPTIMIZER = "has_optimizer"  # key of state.json: whether training can go on; absent means true
 
@@ -53,7 +57,7 @@ DTYPE_NAMES: Mapping[torch.dtype, str] = {dtype: name for name, dtype in DTYPES.
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _RANK_FILE = re.compile(r"rank-\d{5,}\.safetensors")
-_DATA_FILE = re.compile(r"(rank|rng)-\d{5,}\.safetensors|(config|state|index|manifest)\.json")
+_DATA_FILE = re.compile(r"(rank|rng)-\d{5,}\.safetensors|(config|state|index|base|manifest)\.json")
 
 
 class CheckpointError(ValueError):
@@ -157,11 +161,13 @@ class Index:
             raise CheckpointError(f"{where}: not an index of ours: {type(error).__name__}: {error}") from error
 
 
-def check_format(data: Any, where: Path) -> None:
-    """Raise CheckpointError unless `data` is an object of this format's version."""
+def check_format(data: Any, where: Path, *, allowed: tuple[int, ...] = (FORMAT_VERSION,)) -> None:
+    """Raise CheckpointError unless `data` is an object of a version of this format that is allowed."""
     version = data.get("format_version") if isinstance(data, dict) else None
-    if version != FORMAT_VERSION:
-        raise CheckpointError(f"{where}: format_version is {version!r}, this program reads {FORMAT_VERSION}")
+    if version not in allowed:
+        raise CheckpointError(
+            f"{where}: format_version is {version!r}, this program reads {' and '.join(map(str, allowed))}"
+        )
 
 
 def read_json(path: Path) -> Any:

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from moe_lvlm.checkpoint import layout
+from moe_lvlm.checkpoint.base import Base
 from moe_lvlm.checkpoint.folder import Log
 from moe_lvlm.checkpoint.layout import HAS_OPTIMIZER, CheckpointError, Kind, read_json
 from moe_lvlm.checkpoint.reader import Checkpoint
@@ -35,10 +36,10 @@ def _nothing_to_verify() -> Iterator[Callable[[], None]]:
 class Original:
     """What is written anew, before anything is changed.
 
-    path: the folder it comes from. form: what it is, in words. tensors: to be read while they are written. rng: the
-    generators of each rank that saved. notes: what a user should know of it. training_name: what training calls a
-    checkpoint of this stage and step, None if none can go on from it. verification: compares the files' checksums
-    while they are copied.
+    path: the folder it comes from. form: what it is, in words. tensors: to be read while they are written. base:
+    where the weights are that it leaves out. rng: the generators of each rank that saved. notes: what a user should know
+    of it. training_name: what training calls a checkpoint of this stage and step, None if none can go on from it.
+    verification: compares the files' checksums while they are copied.
     """
 
     path: Path
@@ -46,6 +47,7 @@ class Original:
     tensors: FlatTensors
     config: Mapping[str, Any]
     state: Mapping[str, Any]
+    base: Base | None = None
     rng: Sequence[Mapping[str, Tensor]] = ()
     notes: tuple[str, ...] = ()
     training_name: str | None = None
@@ -102,6 +104,7 @@ def _open_ours(path: Path, *, is_verified: bool) -> Original:
         tensors=_in_file_order(checkpoint),
         config=checkpoint.config,
         state={key: value for key, value in checkpoint.state.items() if key != "format_version"},
+        base=checkpoint.base,
         rng=tuple(one for one in generators if one is not None),
         training_name=_training_name(path, checkpoint.state),
         verification=_nothing_to_verify if is_verified else lambda: _verified_meanwhile(path, tensors),

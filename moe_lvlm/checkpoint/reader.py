@@ -13,22 +13,36 @@ import torch
 from torch import Tensor
 
 from moe_lvlm.checkpoint import layout
+from moe_lvlm.checkpoint.base import read_base
 from moe_lvlm.checkpoint.layout import CheckpointError, Entry, Index, Kind, Range, check_format, read_json
 
 
 class Checkpoint:
     """An open checkpoint folder. Opening it checks the index, not the files' contents: that is `verify`.
 
-    config: the model's configuration. state: where training stood. Raises CheckpointError on a damaged folder.
+    config: the model's configuration. state: where training stood. base: where the weights are that it leaves out, None
+    if it holds all; only `source` reads them. Raises CheckpointError on a damaged folder.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = Path(path)
         self.config: Mapping[str, Any] = read_json(self.path / layout.CONFIG_FILE)
         self.state: Mapping[str, Any] = read_json(self.path / layout.STATE_FILE)
-        check_format(self.state, self.path / layout.STATE_FILE)
+        self.base = read_base(self.path)
+        check_format(self.state, self.path / layout.STATE_FILE, allowed=layout.FORMAT_VERSIONS)
+        if (self.state["format_version"] == layout.FORMAT_WITH_BASE) == (self.base is None):
+            is_there = "missing" if self.base is None else "there"
+            raise CheckpointError(
+                f"{self.path / layout.BASE_FILE}: {is_there}, but {layout.STATE_FILE} has format_version "
+                f"{self.state['format_version']}"
+            )
         self.index = read_index(self.path)
         self._files: dict[str, Any] = {}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of all logical tensors, those that it leaves out too."""
+        held = {name: next(iter(kinds.values())).shape for name, kinds in self.index.tensors.items() if kinds}
+        return held | ({} if self.base is None else {name: one.shape for name, one in self.base.tensors.items()})
 
     def entry(self, name: str, kind: Kind) -> Entry | None:
         """What the checkpoint knows of a logical tensor, None if it has none of that kind."""

@@ -7,14 +7,16 @@ from collections.abc import Mapping
 from moe_lvlm.checkpoint.fragments import FlatGroup, LiveTraining, create_moments
 from moe_lvlm.checkpoint.layout import HAS_OPTIMIZER, MOMENTS, CheckpointError
 from moe_lvlm.checkpoint.reader import Checkpoint
+from moe_lvlm.checkpoint.source import BaseSource
 
 
 def restore_training_state(training: LiveTraining, checkpoint: Checkpoint) -> None:
     """Make a model in training what it was when the checkpoint was saved. Every rank calls it; a collective.
 
     Sets masters, moments, the optimizer's counts of steps, learning rates, the engine's counters and schedule, the
-    weights of frozen parameters, buffers; then the model's low-precision weights. Only the ranges that this rank
-    holds are read. Not set: random generators (`Checkpoint.rng`) and the loop's own state (`Checkpoint.state`).
+    weights of frozen parameters (out of the base those that the checkpoint leaves out), buffers; then the model's
+    low-precision weights. Only the ranges that this rank holds are read. Not set: random generators (`Checkpoint.rng`)
+    and the loop's own state (`Checkpoint.state`).
     Raises CheckpointError if the checkpoint is of another model or of another choice of what is trained, or was
     stripped of its optimizer state.
     """
@@ -27,8 +29,12 @@ def restore_training_state(training: LiveTraining, checkpoint: Checkpoint) -> No
     names = training.names()
     for group in training.groups:
         _prepare_moments(training, group, names, checkpoint)
+    base = None if checkpoint.base is None else BaseSource(checkpoint.base, checkpoint.path)
     for fragment in training.fragments():
-        checkpoint.read_into(fragment.tensor, fragment.name, fragment.kind, fragment.start)
+        if base is not None and fragment.name in base.names():
+            fragment.tensor.copy_(base.read_flat(fragment.name, fragment.start, fragment.stop))
+        else:
+            checkpoint.read_into(fragment.tensor, fragment.name, fragment.kind, fragment.start)
     training.set_learning_rates(checkpoint.state["learning_rates"])
     training.set_facts(checkpoint.state["engine"])
     training.refresh()
@@ -42,15 +48,17 @@ def _check_same_tensors(training: LiveTraining, checkpoint: Checkpoint) -> None:
     expected.update(dict.fromkeys(names.values(), "weight"))
     expected.update(dict.fromkeys(trained, "master"))
     stored = {name: "master" if "master" in kinds else "weight" for name, kinds in checkpoint.index.tensors.items()}
+    if checkpoint.base is not None:
+        stored |= dict.fromkeys(checkpoint.base.tensors, "weight")
     if expected != stored:
         different = sorted(name for name in expected.keys() | stored.keys() if expected.get(name) != stored.get(name))
         details = [f"{name} (here {_role(expected, name)}, there {_role(stored, name)})" for name in different[:5]]
         raise CheckpointError(f"{checkpoint.path}: {len(different)} tensors differ: {', '.join(details)}")
+    shapes = checkpoint.shapes()
     for fragment in training.fragments():
-        entry = checkpoint.index.tensors[fragment.name].get(fragment.kind)
-        if entry is not None and entry.shape != fragment.shape:
+        if shapes[fragment.name] != fragment.shape:
             raise CheckpointError(
-                f"{checkpoint.path}: {fragment.name} has shape {entry.shape}, the model's is {fragment.shape}"
+                f"{checkpoint.path}: {fragment.name} has shape {shapes[fragment.name]}, the model's is {fragment.shape}"
             )
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from moe_lvlm.checkpoint import layout
+from moe_lvlm.checkpoint.base import Base
 from moe_lvlm.checkpoint.documents import SLACK_BYTES, write_documents
 from moe_lvlm.checkpoint.files import (
     CHUNK_BYTES,
@@ -75,6 +76,7 @@ def write_checkpoint(
     config: Mapping[str, Any],
     state: Mapping[str, Any],
     rng: Sequence[Mapping[str, Tensor]] = (),
+    base: Base | None = None,
     num_files: int = 1,
     is_overwriting: bool = True,
     before_publishing: Callable[[], None] = lambda: None,
@@ -86,7 +88,7 @@ def write_checkpoint(
     It becomes the latest, unless that is one of a later step, or training could not go on from this one.
 
     config: the model's configuration. state: all of state.json but its format version. rng: the generators of each
-    rank that saved. num_files: among how many files the tensors go, by bytes; parts of a tensor may lie in two files.
+    rank that saved. base: where the weights are that are left out. num_files: among how many files the tensors go, by bytes; parts of a tensor may lie in two files.
     before_publishing: called when everything is written; what it raises undoes the writing. log: told if it is not the
     latest. advance: told of the bytes written, out of `total_bytes`.
 
@@ -113,8 +115,7 @@ def write_checkpoint(
         for rank, generators in enumerate(rng):
             few = [StreamedTensor.of(key, tensor) for key, tensor in generators.items()]
             records[layout.rng_file(rank)] = write_safetensors(temporary / layout.rng_file(rank), few)
-        everything = {**state, "format_version": layout.FORMAT_VERSION}
-        size = write_documents(temporary, records, index=index, config=config, state=everything)
+        size = write_documents(temporary, records, index=index, config=config, state=state, base=base)
         before_publishing()
         _publish(directory, name, can_go_on=bool(state.get(layout.HAS_OPTIMIZER, True)), log=log)
     except BaseException:

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from moe_lvlm.checkpoint import layout
+from moe_lvlm.checkpoint.base import Base
 from moe_lvlm.checkpoint.documents import SLACK_BYTES, write_documents
 from moe_lvlm.checkpoint.files import FileRecord, StreamedTensor, require_free_bytes, write_safetensors
 from moe_lvlm.checkpoint.folder import Log, publish, retire, temporary_path, tidy
@@ -68,8 +69,8 @@ class Written(NamedTuple):
 class PreparedSave:
     """A save that all ranks have begun: who writes what is settled, and there is room for it.
 
-    fragments: what this rank writes. loads: bytes of fragments that each rank writes. state: all of state.json.
-    started: when it began, on the monotonic clock.
+    fragments: what this rank writes. loads: bytes of fragments that each rank writes. state: all of state.json but its
+    format version. base: where the weights are that are left out. started: when it began, on the monotonic clock.
     """
 
     directory: Path
@@ -79,6 +80,7 @@ class PreparedSave:
     config: Mapping[str, Any]
     state: Mapping[str, Any]
     rng: Mapping[str, Tensor]
+    base: Base | None
     started: float
 
     @property
@@ -101,16 +103,20 @@ def save_checkpoint(
     rng: Mapping[str, Tensor],
     ranks: Ranks,
     log: Log,
+    base: Base | None = None,
     keep_last: int | None = None,
     protect: Collection[str] = (),
 ) -> SaveReport:
     """Write `directory`/`name` and make it the latest. Every rank calls it, at the same step.
 
     config: the model's configuration (JSON). state: the same on all ranks (JSON), with an int `global_step`.
-    rng: this rank's generators (`capture_rng`). keep_last: how many checkpoints stay besides those named in
+    rng: this rank's generators (`capture_rng`). base: weights that are not trained and are left out, the same on all
+    ranks; None leaves nothing out. keep_last: how many checkpoints stay besides those named in
     `protect`; None keeps all. Raises SaveError on all ranks, and leaves everything as it was, if any rank fails.
     """
-    prepared = prepare_save(directory, name, training, config=config, state=state, rng=rng, ranks=ranks, log=log)
+    prepared = prepare_save(
+        directory, name, training, config=config, state=state, rng=rng, ranks=ranks, log=log, base=base
+    )
     return finish_save(prepared, ranks=ranks, log=log, keep_last=keep_last, protect=protect)
 
 
@@ -124,6 +130,7 @@ def prepare_save(
     rng: Mapping[str, Tensor],
     ranks: Ranks,
     log: Log,
+    base: Base | None = None,
 ) -> PreparedSave:
     """The first half of `save_checkpoint`, with its arguments: settle what each rank writes; nothing is written yet."""
     started = time.monotonic()
@@ -131,7 +138,7 @@ def prepare_save(
     temporary = temporary_path(directory, check_name(name))
     with _removed_on_failure(temporary, ranks):
         fragments, everything = _together(
-            ranks, "begin", lambda: _begin(directory, temporary, training, state, ranks, log)
+            ranks, "begin", lambda: _begin(directory, temporary, training, state, base, ranks, log)
         )
         replicated = [_owned(one) for one in fragments if one.is_replicated]
         plans = ranks.all_gather((replicated, sum(one.num_bytes for one in fragments if not one.is_replicated)))
@@ -144,6 +151,7 @@ def prepare_save(
         config=config,
         state=everything,
         rng=rng,
+        base=base,
         started=started,
     )
 
@@ -161,7 +169,7 @@ def finish_save(
         total = _together(
             ranks,
             "write the index",
-            lambda: _write_rest(temporary, prepared.config, prepared.state, gathered, ranks.rank),
+            lambda: _write_rest(temporary, prepared, gathered, ranks.rank),
         )
         _together(ranks, "publish", lambda: publish(prepared.directory, prepared.name) if ranks.rank == 0 else None)
     if ranks.rank == 0 and keep_last is not None:
@@ -212,7 +220,13 @@ def _together(ranks: Ranks, phase: str, work: Callable[[], _Result]) -> _Result:
 
 
 def _begin(
-    directory: Path, temporary: Path, training: LiveTraining, state: Mapping[str, Any], ranks: Ranks, log: Log
+    directory: Path,
+    temporary: Path,
+    training: LiveTraining,
+    state: Mapping[str, Any],
+    base: Base | None,
+    ranks: Ranks,
+    log: Log,
 ) -> tuple[list[Fragment], dict[str, Any]]:
     if taken := _RESERVED & set(state):
         raise ValueError(f"state: keys {sorted(taken)} are written by save_checkpoint itself")
@@ -223,13 +237,23 @@ def _begin(
         tidy(directory, log)
         temporary.mkdir()
     everything = {
-        "format_version": layout.FORMAT_VERSION,
         "saved_world_size": ranks.world_size,
         "learning_rates": training.learning_rates(),
         "engine": training.facts(),
         **state,
     }
-    return list(training.fragments()), everything
+    return _without_base(training, base), everything
+
+
+def _without_base(training: LiveTraining, base: Base | None) -> list[Fragment]:
+    """This rank's fragments but for those of weights that are left out. ValueError if one of these is trained."""
+    if base is None:
+        return list(training.fragments())
+    if unknown := base.tensors.keys() - set(training.names().values()):
+        raise ValueError(f"base: {min(unknown)} is no parameter of the model")
+    if trained := base.tensors.keys() & training.learning_rates().keys():
+        raise ValueError(f"base: {min(trained)} is trained, and cannot be left out")
+    return [fragment for fragment in training.fragments() if fragment.name not in base.tensors]
 
 
 def _claim(
@@ -264,8 +288,7 @@ def _write_rank(
 
 def _write_rest(
     temporary: Path,
-    config: Mapping[str, Any],
-    state: Mapping[str, Any],
+    prepared: PreparedSave,
     gathered: Sequence[tuple[Sequence[Written], Mapping[str, FileRecord]]],
     rank: int,
 ) -> int:
@@ -277,7 +300,9 @@ def _write_rest(
         if not (temporary / file).is_file() or (temporary / file).stat().st_size != record.size:
             raise OSError(f"{temporary / file}: rank 0 does not see what another rank wrote; use a shared file system")
     index = merge_index([entry for written, _ in gathered for entry in written])
-    return write_documents(temporary, files, index=index, config=config, state=state)
+    return write_documents(
+        temporary, files, index=index, config=prepared.config, state=prepared.state, base=prepared.base
+    )
 
 
 def merge_index(written: Sequence[Written]) -> Index:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,7 +13,18 @@ import safetensors
 import torch
 from torch import Tensor
 
-from moe_lvlm.checkpoint.layout import DTYPES, INDEX_FILE, MANIFEST_FILE, CheckpointError, Entry, Kind, read_json
+from moe_lvlm.checkpoint.base import Base, BaseTensor
+from moe_lvlm.checkpoint.layout import (
+    BASE_FILE,
+    DTYPES,
+    INDEX_FILE,
+    MANIFEST_FILE,
+    STATE_FILE,
+    CheckpointError,
+    Entry,
+    Kind,
+    read_json,
+)
 from moe_lvlm.checkpoint.reader import Checkpoint, row_elements
 
 SAFETENSORS_FILE = "model.safetensors"
@@ -126,17 +138,58 @@ class LazySource:
         return self.tensors[name]
 
 
+class BaseSource:
+    """The weights that a checkpoint leaves out, out of the folders that hold them, in the types that the run had.
+
+    Raises CheckpointError if a folder is missing or is not what it was.
+    """
+
+    def __init__(self, base: Base, checkpoint: Path) -> None:
+        base.check(checkpoint)
+        self._base = base
+        self._sources = [open_source(folder.path()) for folder in base.folders]
+        there = [frozenset(source.names()) for source in self._sources]
+        for name, tensor in base.tensors.items():
+            if tensor.name not in there[tensor.folder]:
+                folder = base.folders[tensor.folder].folder
+                raise CheckpointError(f"{checkpoint}: {name} is {tensor.name} of {folder}, which has no such weight")
+
+    def names(self) -> Collection[str]:
+        """Of the weights, in the model."""
+        return self._base.tensors.keys()
+
+    def read(self, name: str, start: int | None = None, stop: int | None = None) -> Tensor:
+        """Rows [start, stop) of dimension 0."""
+        tensor = self._base.tensors[name]
+        return self._sources[tensor.folder].read(tensor.name, start, stop).to(tensor.dtype)
+
+    def read_flat(self, name: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of the flattened tensor, 1-D."""
+        shape = self._base.tensors[name].shape
+        if not shape or start >= stop:
+            return self.read(name).reshape(-1)[start:stop]
+        width = math.prod(shape[1:])
+        first = start // width
+        rows = self.read(name, first, -(-stop // width)).reshape(-1)
+        return rows[start - first * width : stop - first * width]
+
+
 class CheckpointSource:
-    """Weights of one of our checkpoints: the float32 master where there is one, else the stored weight."""
+    """Weights of one of our checkpoints: the float32 master where there is one, else the stored weight, or the base's.
+
+    Raises CheckpointError if the checkpoint leaves weights out and their folder is missing or is not what it was.
+    """
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
         self._kinds: dict[str, Kind] = {
             name: "master" if "master" in kinds else "weight" for name, kinds in checkpoint.index.tensors.items()
         }
+        self._left_out: Mapping[str, BaseTensor] = {} if checkpoint.base is None else checkpoint.base.tensors
+        self._base = None if checkpoint.base is None else BaseSource(checkpoint.base, checkpoint.path)
 
     def names(self) -> Sequence[str]:
-        return list(self._kinds)
+        return [*self._kinds, *self._left_out]
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._entry(name).shape
@@ -147,10 +200,14 @@ class CheckpointSource:
     def read(self, name: str, start: int | None = None, stop: int | None = None) -> Tensor:
         shape = self.shape(name)
         first, last = row_elements(shape, start, stop, f"{self._checkpoint.path}: {name}")
+        if self._base is not None and name in self._left_out:
+            return self._base.read(name, start, stop)
         values = self._checkpoint.read(name, self._kinds[name], first, last)
         return values.view(_rows_shape(shape, start, stop))
 
-    def _entry(self, name: str) -> Entry:
+    def _entry(self, name: str) -> Entry | BaseTensor:
+        if name in self._left_out:
+            return self._left_out[name]
         entry = self._checkpoint.entry(name, self._kinds[name]) if name in self._kinds else None
         if entry is None:
             raise CheckpointError(f"{self._checkpoint.path}: has no weight {name!r}")
@@ -187,6 +244,11 @@ class SafetensorsSource:
             return self._open(self._file_of[name]).get_tensor(name)
         return self._slice(name)[start:stop]
 
+    def files(self, names: Collection[str]) -> set[str]:
+        """The files that hold these tensors, and their index."""
+        index = {SAFETENSORS_INDEX} if (self._path / SAFETENSORS_INDEX).is_file() else set()
+        return index | {self._file_of[name] for name in names}
+
     def _slice(self, name: str) -> Any:
         if name not in self._file_of:
             raise CheckpointError(f"{self._path}: has no weight {name!r}")
@@ -202,6 +264,18 @@ class SafetensorsSource:
             except (safetensors.SafetensorError, OSError) as error:
                 raise CheckpointError(f"{self._path / file}: not a readable safetensors file: {error}") from error
         return self._files[file]
+
+
+def source_files(path: Path, names: Collection[str]) -> set[str]:
+    """The files of a folder that `open_source` reads these tensors out of, those that say where they are among them."""
+    if not (path / MANIFEST_FILE).is_file() and not (path / INDEX_FILE).is_file():
+        return SafetensorsSource(path).files(names)
+    checkpoint = Checkpoint(path)
+    pieces = (
+        piece for name in names for entry in checkpoint.index.tensors.get(name, {}).values() for piece in entry.ranges
+    )
+    documents = {INDEX_FILE, STATE_FILE} | (set() if checkpoint.base is None else {BASE_FILE})
+    return documents | {piece.file for piece in pieces}
 
 
 def read_weight_map(where: Path) -> dict[str, str]:

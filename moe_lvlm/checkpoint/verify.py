@@ -13,11 +13,14 @@ from typing import Any, TypeVar
 import safetensors
 from torch import Tensor
 
+from moe_lvlm.checkpoint.base import read_base
 from moe_lvlm.checkpoint.files import CHUNK_BYTES, Advance, hash_file
 from moe_lvlm.checkpoint.folder import Log, list_checkpoints, read_latest, tidy
 from moe_lvlm.checkpoint.layout import (
+    BASE_FILE,
     CONFIG_FILE,
     DTYPE_NAMES,
+    FORMAT_VERSIONS,
     INDEX_FILE,
     MANIFEST_FILE,
     STATE_FILE,
@@ -40,12 +43,14 @@ def verify(
     *,
     is_finite_checked: bool = False,
     is_hashed: bool = True,
+    is_base_checked: bool = True,
     advance: Advance = lambda num_bytes: None,
 ) -> list[str]:
     """What is wrong with a checkpoint folder, one sentence each; an empty list if nothing is.
 
     is_finite_checked: also read all floating-point values and report those tensors that hold NaN or infinity.
-    is_hashed: False compares the files' sizes only, not their checksums. advance: told of the bytes read, each pass
+    is_hashed: False compares the files' sizes only, not their checksums. is_base_checked: also look at the folders that
+    hold what the checkpoint leaves out, whose files then are hashed as the checkpoint's own. advance: told of the bytes read, each pass
     over a file for itself; called from several threads.
     """
     path = Path(path)
@@ -56,6 +61,8 @@ def verify(
         problems = file_problems(path, files, is_hashed=is_hashed, advance=advance) + _unlisted(path, files)
         if not problems:
             problems = list(_index_problems(path, files))
+        if not problems and is_base_checked and (base := read_base(path)) is not None:
+            problems = base.problems(is_hashed=is_hashed, advance=advance)
         if not problems and is_finite_checked:
             problems = value_problems(path, advance=advance)
     except (CheckpointError, OSError) as error:
@@ -82,7 +89,8 @@ def newest_valid(directory: Path, log: Log, *, is_owner: bool = False) -> Path |
         if not candidates or candidates[0].name != latest:
             log(f"{directory / latest}: named by `latest`, but not there or without {MANIFEST_FILE}")
     for path in candidates:
-        problems = verify(path)
+        # whoever opens it is told if its base has gone: to pass over every checkpoint would be to train anew
+        problems = verify(path, is_base_checked=False)
         if not problems:
             return path
         log(f"{path}: damaged, passed over: {'; '.join(problems[:3])}")
@@ -104,7 +112,7 @@ def read_manifest(path: Path) -> Mapping[str, Any]:
 def read_records(where: Path) -> Mapping[str, Any]:
     """What `documents.write_manifest` wrote, of whatever files. Raises CheckpointError on anything else."""
     data = read_json(where)
-    check_format(data, where)
+    check_format(data, where, allowed=FORMAT_VERSIONS)
     files = data.get("files")
     if not isinstance(files, dict):
         raise CheckpointError(f"{where}: has no files")
@@ -192,6 +200,9 @@ def _index_problems(path: Path, files: Mapping[str, Any]) -> Iterator[str]:
     where = path / INDEX_FILE
     index = Index.from_json(read_json(where), where)
     yield from index.problems()
+    base = read_base(path)
+    if base is not None and (twice := sorted(base.tensors.keys() & index.tensors.keys())):
+        yield f"{where}: names {', '.join(twice[:5])}, {BASE_FILE} does too"
     if unknown := sorted(index.files() - set(files)):
         yield f"{where}: names {', '.join(unknown[:5])}, {MANIFEST_FILE} does not"
         return

@@ -19,12 +19,13 @@ from moe_lvlm.config.files import base_path, list_scales, read_mapping
 
 KeyPath = tuple[str | int, ...]
 
-# What a scale may change. What a recipe studies (`moe`, and of the connector its kind and experts) and how many machines it
-# runs on (`parallel`) are the same at every scale, and so are the parts that a stage trains. Only the number of layers that
-# hold the connector's experts goes with the size of a model.
+# What a scale may change. What a recipe studies (`moe`, of the connector its kind and experts, of the adapter all but its
+# width and start) and how many machines it runs on (`parallel`) are the same at every scale, and so are the parts that a
+# stage trains. Only the number of layers that hold the connector's experts goes with the size of a model.
 _SCALED = ("model", "data", "train", "stages", "evaluation")
 _SCALED_CONNECTOR = ("qformer", "text_from", "num_queries", "tokenizer", "max_text_length", "dropout", "experts")
 _SCALED_EXPERTS = ("num_layers",)
+_SCALED_ADAPTER = ("rank", "alpha", "start_from", "embedding_width", "num_clusters")
 _SCALED_TRAIN = ("precision", "gradient_checkpointing", "optimizer", "schedule", "checkpoint", "log_every")
 _SCALED_STAGE = ("steps", "epochs", "micro_batch", "global_batch", "learning_rate", "mixture", "template")
 
@@ -178,15 +179,19 @@ def _check_overlay(overlay: Mapping[str, Any], where: str) -> None:
     for group, keys in overlay.items():
         if not isinstance(keys, dict):
             raise RecipeError(f"{where}: {group}: {shown(keys)}; allowed in a scale: a mapping of keys to change")
-    _check_connector(overlay.get("model", {}), where)
+    _check_parts(overlay.get("model", {}), where)
     _check_keys(overlay.get("train", {}), _SCALED_TRAIN, where, "train.")
     for name, keys in overlay.get("stages", {}).items():
         if isinstance(keys, dict):
             _check_keys(keys, _SCALED_STAGE, where, f"stages.{name}.")
 
 
-def _check_connector(model: Mapping[str, Any], where: str) -> None:
-    for path, allowed in (("connector", _SCALED_CONNECTOR), ("connector.experts", _SCALED_EXPERTS)):
+def _check_parts(model: Mapping[str, Any], where: str) -> None:
+    for path, allowed in (
+        ("connector", _SCALED_CONNECTOR),
+        ("connector.experts", _SCALED_EXPERTS),
+        ("adapter", _SCALED_ADAPTER),
+    ):
         here: Any = model
         for key in path.split("."):
             here = here.get(key, {})

@@ -7,26 +7,13 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from moe_lvlm.config.adapter import Adapter
 from moe_lvlm.config.base import Settings
 from moe_lvlm.config.connector import Connector, PartSettings, QFormerConnectorSettings
-from moe_lvlm.config.instructions import INSTRUCTION_SETS, check_instructions, template_fields
 from moe_lvlm.config.moe import MoEConfig
+from moe_lvlm.config.records import RecordsSettings
 
 Template = Literal["plain", "chat", "instruct"]
-RecordFormat = Literal[
-    "llava_json",
-    "gqa",
-    "vqa",
-    "aokvqa",
-    "coco_captions",
-    "textcaps",
-    "vizwiz",
-    "vsr",
-    "hateful_memes",
-    "nocaps",
-]
-CAPTION_SOURCES = ("coco_captions", "textcaps", "nocaps")
-CHOICE_SOURCES = ("aokvqa",)
 
 
 class VisionTowerSettings(PartSettings):
@@ -46,6 +33,7 @@ class ModelSettings(Settings):
 
     connector: from parts an MLP if it is left out. Beside `from_pretrained` None is what the folder holds; `qmoe` begins
         with the folder's Q-Former, its query FFNs copied into the experts, or goes on with experts that are there.
+    adapter: LoRA, or LoRA experts, in the language model, from the stage on that says `adapt: true`.
     tokenizer: a folder, a hub name or `package:...`; None takes the language model's.
     image_processor: the same; None takes the vision tower's, or CLIP's defaults at the tower's size.
     image_token: the mark that stands for an image in text; added to the tokenizer if it is new.
@@ -54,6 +42,7 @@ class ModelSettings(Settings):
     from_pretrained: str | None = None
     vision_tower: VisionTowerSettings | None = None
     connector: Connector | None = None
+    adapter: Adapter | None = None
     language_model: PartSettings | None = None
     tokenizer: str | None = None
     image_processor: str | None = None
@@ -81,66 +70,6 @@ class ModelSettings(Settings):
                 raise ValueError("connector.qformer: needed where vision_tower and language_model are parts")
             if self.from_pretrained is not None and connector.qformer is not None:
                 raise ValueError("connector.qformer: from_pretrained brings the Q-Former; leave it out")
-        return self
-
-
-class RecordsSettings(Settings):
-    """Where records lie, and in which layout.
-
-    source: the reader. `llava_json` is a JSON list, or JSON lines, of LLaVA records; the others read a dataset's files as
-        they are published (docs/data.md): gqa, vqa (VQAv2 and OK-VQA), aokvqa, coco_captions, textcaps, vizwiz, vsr,
-        hateful_memes, nocaps.
-    path: relative to `data.image_root`, absolute, or `package:...`. annotations: of `vqa`, the file with the answers to
-        the questions in `path`.
-    image_root: where this dataset's images lie; None takes `data.image_root`. image_pattern: the file of an image below
-        it, by the fields of a record, such as `COCO_train2014_{image_id:012d}.jpg`; None is the dataset's own.
-    instructions: templates of what the model is asked, with {QUESTION} and {CANDIDATES}: a list, or the name of a set of
-        Q-MoE's supplement, table 4 (`vqa`, `choice`, `caption`). Training draws one a sample, evaluation takes the first.
-        None asks the question as it stands.
-    """
-
-    source: RecordFormat = "llava_json"
-    path: str
-    annotations: str | None = None
-    name: str | None = None
-    image_root: str | None = None
-    image_pattern: str | None = None
-    instructions: Literal["vqa", "choice", "caption"] | tuple[str, ...] | None = None
-
-    @property
-    def templates(self) -> tuple[str, ...]:
-        """The templates of what is asked."""
-        if self.instructions is None:
-            return ("{QUESTION}",)
-        return INSTRUCTION_SETS[self.instructions] if isinstance(self.instructions, str) else self.instructions
-
-    @model_validator(mode="after")
-    def _check_source(self) -> RecordsSettings:
-        if (self.annotations is None) == (self.source == "vqa"):
-            what = "needed, the file with the answers" if self.source == "vqa" else "only source vqa takes it"
-            raise ValueError(f"annotations: {what} (source {self.source})")
-        if self.source == "llava_json":
-            for key in ("image_pattern", "instructions"):
-                if getattr(self, key) is not None:
-                    raise ValueError(f"{key}: llava_json's records hold their images and questions; leave it out")
-            return self
-        if self.image_pattern is not None:
-            try:
-                template_fields(self.image_pattern)
-            except ValueError as error:
-                raise ValueError(f"image_pattern: {error}") from error
-        is_caption = self.source in CAPTION_SOURCES
-        if is_caption and self.instructions is None:
-            raise ValueError(
-                f"instructions: needed, since captions answer no question (source {self.source}); allowed: caption, or a "
-                "list"
-            )
-        try:
-            check_instructions(
-                self.templates, has_question=not is_caption, has_candidates=self.source in CHOICE_SOURCES
-            )
-        except ValueError as error:
-            raise ValueError(f"instructions: {error} (source {self.source})") from error
         return self
 
 
@@ -193,8 +122,11 @@ class DataSettings(Settings):
         the images followed by the caption, loss on the caption; `instruct` is InstructBLIP's: the images, the words of
         the one question, its answer, loss on the answer.
     chat_template: `tokenizer` (its own), `vicuna_v1`, or the path of a Jinja file.
+    connector_words: what a connector reads that reads words: the bare `question` where there is one (Q-MoE), or the whole
+        `instruction` (InstructBLIP).
     task_types: rules that label samples by task; a sample that none fits has no label.
-    clusters: a table of instruction clusters, as `tools/fit_clusters.py` writes it; for the router `cluster`.
+    clusters: a table of instruction clusters, as `tools/fit_clusters.py` writes it; for the router `cluster`, and for
+        MoCLE's gates by cluster and by dataset.
     bad_sample_limit: share of records that may be bad (skipped, counted, listed in the run's bad_samples.jsonl)
         before the run stops.
     """
@@ -203,6 +135,7 @@ class DataSettings(Settings):
     mixture: tuple[SourceSettings, ...] = ()
     template: Template = "chat"
     chat_template: str = "tokenizer"
+    connector_words: Literal["question", "instruction"] = "question"
     task_types: tuple[TaskTypeSettings, ...] = ()
     clusters: str | None = None
     max_length: int = Field(default=2048, ge=8)
@@ -240,6 +173,9 @@ class CheckpointSettings(Settings):
         good (0: none). The ends of stages always stay.
     background: write beside training, out of a copy of each process's share in host memory; the end of a stage and a
         stop are waited for. background_gib: the most that a process may copy; larger shares are written at once.
+    save_frozen: false leaves out the weights that no stage has trained so far and that the model's pretrained folders
+        hold; a checkpoint then needs these folders, unchanged (docs/checkpoints.md). None is false where the model has
+        an adapter, else true.
     """
 
     every: int = Field(default=0, ge=0)
@@ -247,6 +183,7 @@ class CheckpointSettings(Settings):
     keep_every: int = Field(default=0, ge=0)
     background: bool = False
     background_gib: float = Field(default=16.0, gt=0)
+    save_frozen: bool | None = None
 
 
 class TrainSettings(Settings):
@@ -278,9 +215,10 @@ class ParallelSettings(Settings):
 class StageSettings(Settings):
     """What is trained, on which data, for how long.
 
-    train: parts by name (connector, language_model, vision_tower, moe, router, experts, dense_ffn; released: what
+    train: parts by name (connector, language_model, vision_tower, moe, router, experts, dense_ffn, adapter; released: what
         MoE-LLaVA's code trains in stage III), or `re:<regular expression>` on parameter names.
-    upcycle: the stage begins by turning the dense model into the recipe's MoE model.
+    upcycle: the stage begins by turning the dense model into the recipe's MoE model. adapt: it begins by putting the
+        recipe's adapter (`model.adapter`) into the language model.
     steps or epochs: exactly one.
     micro_batch: samples of one forward pass; global_batch: samples of a step, a multiple of it.
     mixture, template: in place of those under `data`.
@@ -289,6 +227,7 @@ class StageSettings(Settings):
     name: str = Field(pattern=r"^[a-z0-9][a-z0-9_-]*$")
     train: tuple[str, ...] = Field(min_length=1)
     upcycle: bool = False
+    adapt: bool = False
     steps: int | None = Field(default=None, ge=1)
     epochs: float | None = Field(default=None, gt=0)
     micro_batch: int = Field(default=1, ge=1)
@@ -350,9 +289,25 @@ class Recipe(Settings):
         names = [stage.name for stage in stages]
         if len(set(names)) != len(names):
             raise ValueError(f"each stage needs a name of its own, got {names}")
-        if sum(stage.upcycle for stage in stages) > 1:
-            raise ValueError("at most one stage may say upcycle: true")
+        upcycling = [place for place, stage in enumerate(stages) if stage.upcycle]
+        adapting = [place for place, stage in enumerate(stages) if stage.adapt]
+        for key, places in (("upcycle", upcycling), ("adapt", adapting)):
+            if len(places) > 1:
+                raise ValueError(f"at most one stage may say {key}: true")
+        if upcycling and adapting and upcycling[0] > adapting[0]:
+            raise ValueError(
+                f"stage {stages[upcycling[0]].name}: upcycle: true after adapt: true; allowed: in the same stage, or before it"
+            )
         return stages
+
+    @model_validator(mode="after")
+    def _check_adapter(self) -> Recipe:
+        adapts = any(stage.adapt for stage in self.stages)
+        if adapts and self.model.adapter is None:
+            raise ValueError("adapt: true, but model.adapter is not given; allowed: an adapter of kind lora or mocle")
+        if self.model.adapter is not None and not adapts:
+            raise ValueError("model.adapter: no stage puts it into the model; allowed: adapt: true in one stage")
+        return self
 
     @model_validator(mode="after")
     def _check_parallel(self) -> Recipe:

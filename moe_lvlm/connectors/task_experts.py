@@ -19,9 +19,9 @@ from transformers.models.instructblip.modeling_instructblip import (
 
 from moe_lvlm.config.connector import ExpertSettings
 from moe_lvlm.connectors.expert_path import Selection, select_paths
-from moe_lvlm.connectors.noise import sample_noise
 from moe_lvlm.connectors.routers import ROUTERS
 from moe_lvlm.moe.checkpointing import refuse_reentrant
+from moe_lvlm.routing.noise import sample_noise
 
 
 class TaskExpertsOutput(NamedTuple):

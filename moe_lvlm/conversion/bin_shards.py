@@ -9,6 +9,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,11 +76,12 @@ class BinSource:
         return self._files[file]
 
 
-def _load(path: Path) -> dict[str, Tensor]:
+def load_restricted(path: Path) -> Any:
+    """What a file of torch holds: tensors, which stay on the disk, and plain data. Raises CheckpointError."""
     try:
-        loaded = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: no such file, though the index names it") from error
+        raise CheckpointError(f"{path}: no such file") from error
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path}: refused, since it holds more than tensors and could run code: {_first_line(error)}"
@@ -89,6 +91,12 @@ def _load(path: Path) -> dict[str, Tensor]:
             f"{path}: cannot be mapped into memory (damaged, or saved by a torch before 1.6: load it there and save it "
             f"as safetensors): {_first_line(error)}"
         ) from error
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file, though the index names it")
+    loaded = load_restricted(path)
     if not isinstance(loaded, dict) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in loaded.items()
     ):

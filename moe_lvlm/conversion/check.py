@@ -14,8 +14,16 @@ from typing import Literal
 
 import safetensors
 from torch import Tensor
-from transformers import AutoConfig, LlavaForConditionalGeneration, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    InstructBlipForConditionalGeneration,
+    LlavaForConditionalGeneration,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
+from moe_lvlm.checkpoint.base import read_base
 from moe_lvlm.checkpoint.consistency import index_contradictions, state_contradictions
 from moe_lvlm.checkpoint.files import Advance
 from moe_lvlm.checkpoint.folder import list_checkpoints, read_latest
@@ -60,7 +68,7 @@ class Verdict:
     """
 
     path: Path
-    form: Literal["checkpoint", "model folder", "run"]
+    form: Literal["checkpoint", "model folder", "adapters", "run"]
     problems: tuple[str, ...]
     files: int
     bytes: int
@@ -69,7 +77,8 @@ class Verdict:
 
 
 def find_folders(path: Path) -> list[Path]:
-    """The folders that have to be judged one by one: all checkpoints of a run (newest first), or the path itself.
+    """The folders that have to be judged one by one: all checkpoints of a run (newest first), or the path itself, and
+    those below it that hold checksums of their own (an export of adapters, an InstructBLIP).
 
     A folder of checkpoints counts as its run. Raises ValueError if there is nothing to judge.
     """
@@ -82,7 +91,7 @@ def find_folders(path: Path) -> list[Path]:
     if _form(path) is None:
         found = ", ".join(sorted(entry.name for entry in path.iterdir())[:10]) or "nothing"
         raise ValueError(f"{path}: has {found}; allowed: a checkpoint, a run's folder, or a model's folder")
-    return [path]
+    return [path, *sorted(file.parent for file in path.rglob(CHECKSUMS_FILE) if file.parent != path)]
 
 
 def bytes_to_read(path: Path, *, is_quick: bool) -> int:
@@ -91,7 +100,12 @@ def bytes_to_read(path: Path, *, is_quick: bool) -> int:
         return 0
     is_hashed = any((path / name).is_file() for name in (MANIFEST_FILE, CHECKSUMS_FILE))
     files = [entry for entry in path.iterdir() if entry.is_file()]
-    return sum(file.stat().st_size * (is_hashed + (file.suffix == ".safetensors")) for file in files)
+    own = sum(file.stat().st_size * (is_hashed + (file.suffix == ".safetensors")) for file in files)
+    try:
+        base = read_base(path)
+    except CheckpointError:  # `check` says so
+        return own
+    return own + (0 if base is None else sum(folder.num_bytes() for folder in base.folders))
 
 
 def check(path: Path, *, is_quick: bool = False, advance: Advance = lambda num_bytes: None) -> Verdict:
@@ -107,7 +121,12 @@ def check(path: Path, *, is_quick: bool = False, advance: Advance = lambda num_b
     form = "run" if _checkpoints_of(path) is not None else _form(path)
     if form is None:
         raise ValueError(f"{path}: neither a checkpoint, nor a run, nor a model's folder")
-    judge = {"run": _run_problems, "checkpoint": _checkpoint_problems, "model folder": _model_folder_problems}[form]
+    judge = {
+        "run": _run_problems,
+        "checkpoint": _checkpoint_problems,
+        "model folder": _model_folder_problems,
+        "adapters": _adapter_problems,
+    }[form]
     try:
         problems = tuple(judge(path, is_quick, advance))
     except (CheckpointError, OSError) as error:
@@ -159,7 +178,10 @@ def _checkpoints_of(path: Path) -> Path | None:
     return path if (path / LATEST_FILE).is_file() and not (path / INDEX_FILE).is_file() else None
 
 
-def _form(path: Path) -> Literal["checkpoint", "model folder"] | None:
+def _form(path: Path) -> Literal["checkpoint", "model folder", "adapters"] | None:
+    model_files = (CONFIG_FILE, SAFETENSORS_FILE, SAFETENSORS_INDEX, MANIFEST_FILE)
+    if (path / CHECKSUMS_FILE).is_file() and not any((path / name).is_file() for name in model_files):
+        return "adapters"  # an export's own folder, one of its adapters, a tokenizer: files without a model
     if (path / MANIFEST_FILE).is_file() or (path / INDEX_FILE).is_file():
         return "checkpoint"
     marks = (CHECKSUMS_FILE, SAFETENSORS_FILE, SAFETENSORS_INDEX)
@@ -195,8 +217,7 @@ def _checkpoint_problems(path: Path, is_quick: bool, advance: Advance) -> Iterat
     generators = sum(name.startswith("rng-") for name in read_manifest(path))
     found = index_contradictions(checkpoint.index)
     found += state_contradictions(checkpoint.state, checkpoint.index, num_generators=generators)
-    shapes = {name: next(iter(kinds.values())).shape for name, kinds in checkpoint.index.tensors.items() if kinds}
-    found += _problems_with_config(path, shapes)
+    found += _problems_with_config(path, checkpoint.shapes())
     yield from (f"{path}: {problem}" for problem in found)
     if not is_quick:
         yield from value_problems(path, advance=advance)
@@ -211,8 +232,26 @@ def _problems_with_config(path: Path, shapes: Shapes) -> list[str]:
 
 def _foreign_files(path: Path, known: set[str], where: str) -> Iterator[str]:
     for entry in sorted(path.iterdir()):
-        if entry.name not in known:
+        # a folder below is judged by itself
+        if entry.name not in known and not (entry.is_dir() and any(entry.rglob(CHECKSUMS_FILE))):
             yield f"{entry}: not named by {where}"
+
+
+def _adapter_problems(path: Path, is_quick: bool, advance: Advance) -> Iterator[str]:
+    """Of files beside no model: their checksums, nothing besides, and values that are finite."""
+    records = read_records(path / CHECKSUMS_FILE)
+    problems = file_problems(path, records, is_hashed=not is_quick, advance=advance, where=CHECKSUMS_FILE)
+    yield from problems
+    yield from _foreign_files(path, {*records, CHECKSUMS_FILE}, CHECKSUMS_FILE)
+    if problems or is_quick:
+        return
+    for file in sorted(path.glob("*.safetensors")):
+        with safetensors.safe_open(file, framework="pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 - not a mapping
+                tensor = opened.get_tensor(name)
+                if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+                    yield f"{file}: {name} holds values that are not finite"
+        advance(file.stat().st_size)
 
 
 def _model_folder_problems(path: Path, is_quick: bool, advance: Advance) -> Iterator[str]:
@@ -247,18 +286,30 @@ def _shard_problems(path: Path, names: set[str]) -> Iterator[str]:
                 yield f"{file}: {name}: not named by {SAFETENSORS_INDEX}"
 
 
+def _stock_class(config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """Transformers' own class for what `tools/export.py` writes as stock folders."""
+    classes = (LlavaForConditionalGeneration, InstructBlipForConditionalGeneration)
+    for one in classes:
+        if type(config) is one.config_class:
+            return one
+    alone = AutoModelForCausalLM._model_mapping.get(type(config), None)
+    return alone if alone is not None and alone.__name__ in (config.architectures or ()) else None
+
+
 def _model_folder_contents(path: Path, shapes: Shapes) -> list[str]:
     try:
         config = AutoConfig.from_pretrained(path)
         if config.model_type in (MoELlavaConfig.model_type, MoEInstructBlipConfig.model_type):
             return model_problems(config_of(path), shapes)
-        if config.model_type != "llava":
+        model_class = _stock_class(config)
+        if model_class is None:
             return [
                 f"{CONFIG_FILE}: model_type {config.model_type!r} is not compared with the tensors; "
-                f"allowed: llava, {MoELlavaConfig.model_type}, {MoEInstructBlipConfig.model_type}"
+                f"allowed: llava, instructblip, a language model, {MoELlavaConfig.model_type}, "
+                f"{MoEInstructBlipConfig.model_type}"
             ]
         # transformers' own class and names: it knows its older spellings and how it takes experts apart
-        _, found = LlavaForConditionalGeneration.from_pretrained(path, device_map="meta", output_loading_info=True)
+        _, found = model_class.from_pretrained(path, device_map="meta", output_loading_info=True)
     except _UNREADABLE as error:
         return [f"{CONFIG_FILE}: no model can be built: {_one_line(error)}"]
     said = {

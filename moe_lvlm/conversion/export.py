@@ -25,7 +25,7 @@ from moe_lvlm.checkpoint.model_folder import (
     plan_shards,
     write_model_folder,
 )
-from moe_lvlm.checkpoint.source import LazySource, LazyTensor, WeightSource, open_source
+from moe_lvlm.checkpoint.source import LazySource, LazyTensor, WeightSource
 from moe_lvlm.conversion.export_check import ExportCheck, check_export, memory_available, memory_needed
 from moe_lvlm.conversion.folder import without_paths
 from moe_lvlm.conversion.model_card import CardFacts, render_card
@@ -40,7 +40,7 @@ from moe_lvlm.conversion.stock import (
     stock_form,
     stock_source,
 )
-from moe_lvlm.models.build import is_plain_llava, llava_config_of
+from moe_lvlm.models.build import is_plain_llava, llava_config_of, open_weights
 from moe_lvlm.models.config import MoELlavaConfig
 from moe_lvlm.models.load import find_model
 from moe_lvlm.routing.eea import has_eea, without_eea
@@ -114,8 +114,8 @@ def plan_export(
     if is_eea_off:
         config = config.with_moe(without_eea(config.moe_config))
     choice = _choose_form(config, format)
-    source = _untied(open_source(folder), config)
-    chosen = dtype or _widest(source)
+    source = _untied(open_weights(folder), config)
+    chosen = dtype or widest_dtype(source)
     renamed = source if choice.stock is None else stock_source(config, choice.stock, source)
     tensors = renamed.to(chosen)
     provenance = read_provenance(folder)
@@ -161,8 +161,7 @@ def export_model(
             looked at.
         OSError: the disk is full, or fails; nothing is left behind then.
     """
-    if not _LICENSE.fullmatch(license):
-        raise ValueError(f"license: {license!r}; allowed: an identifier such as apache-2.0, llama2, other, unknown")
+    check_license(license)
     folder = Path(target).absolute()
     if plan.source.absolute().is_relative_to(folder):
         raise ValueError(f"{folder}: holds what is exported; choose another folder")
@@ -230,7 +229,13 @@ def _untied(source: WeightSource, config: MoELlavaConfig) -> LazySource:
     return LazySource({name: LazyTensor.from_source(source, name) for name in names})
 
 
-def _widest(source: WeightSource) -> torch.dtype:
+def check_license(license: str) -> None:
+    """ValueError for what cannot be an identifier of the Hub."""
+    if not _LICENSE.fullmatch(license):
+        raise ValueError(f"license: {license!r}; allowed: an identifier such as apache-2.0, llama2, other, unknown")
+
+
+def widest_dtype(source: WeightSource) -> torch.dtype:
     """The type that holds all weights of a source without loss."""
     found = {source.dtype(name) for name in source.names()}
     floating: Sequence[torch.dtype] = [dtype for dtype in found if dtype.is_floating_point]
@@ -275,6 +280,8 @@ def _card_facts(plan: ExportPlan, *, license: str, eea_report: Mapping[str, Any]
         dtype=str(plan.dtype).removeprefix("torch."),
         parameters=plan.parameters,
         moe=moe,
+        adapter=plan.config.adapter_settings,
+        prompt_facts=plan.config.prompt_facts,
         layers=() if moe is None else moe.layer_indices(num_layers),
         num_layers=num_layers,
         is_eea_off=plan.is_eea_off,

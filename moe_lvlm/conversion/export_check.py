@@ -12,9 +12,8 @@ from torch import Tensor
 from transformers import GenerationConfig, LlavaForConditionalGeneration, PreTrainedModel
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from moe_lvlm.checkpoint.source import open_source
 from moe_lvlm.conversion.remote_code import RemoteCode
-from moe_lvlm.models.build import build_empty
+from moe_lvlm.models.build import build_empty, open_weights
 from moe_lvlm.models.config import MoELlavaConfig
 from moe_lvlm.models.images import image_size
 from moe_lvlm.models.weights import load_weights
@@ -115,11 +114,11 @@ def synthetic_batches(config: MoELlavaConfig) -> list[Batch]:
 
 
 def _prompt_facts(config: MoELlavaConfig, batch: Batch) -> Batch:
-    """What the routers want to know of a batch: all words are the instruction, and all of the first cluster."""
-    moe = config.moe_config
+    """What routers and gates want to know of a batch: all words are the instruction, and all of the first cluster."""
     is_word = (batch["attention_mask"] == 1) & (batch["input_ids"] != config.image_token_id)
-    facts = {"instruction_mask": is_word.long(), "cluster_ids": torch.zeros(len(is_word), dtype=torch.int64)}
-    return {} if moe is None else {name: fact for name, fact in facts.items() if name in moe.prompt_facts}
+    first = torch.zeros(len(is_word), dtype=torch.int64)
+    facts = {"instruction_mask": is_word.long(), "cluster_ids": first, "dataset_ids": first}
+    return {name: fact for name, fact in facts.items() if name in config.prompt_facts}
 
 
 def _sample(config: MoELlavaConfig, images: int, words: int, generator: torch.Generator) -> Tensor:
@@ -142,7 +141,7 @@ def _pad(samples: Sequence[Tensor], *, side: str) -> Batch:
 def _load_trained(source: Path, config: MoELlavaConfig, dtype: torch.dtype) -> PreTrainedModel:
     config._attn_implementation = config.default_attention
     model = build_empty(config)
-    load_weights(model, open_source(source), dtype=dtype)
+    load_weights(model, open_weights(source), dtype=dtype)
     return model.float().eval()
 
 

@@ -6,24 +6,30 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from transformers import GenerationConfig, LlavaConfig, LlavaProcessor
 
 from moe_lvlm.checkpoint.files import Advance
-from moe_lvlm.checkpoint.model_folder import DEFAULT_SHARD_BYTES, WrittenFolder, plan_shards, write_model_folder
+from moe_lvlm.checkpoint.model_folder import DEFAULT_SHARD_BYTES, WrittenFolder, plan_shards
 from moe_lvlm.checkpoint.source import LazySource, WeightSource
 from moe_lvlm.conversion.bin_shards import open_weights
 from moe_lvlm.conversion.parameters import count_parameters
 from moe_lvlm.conversion.target import LLAVA_RULES, build_target
+from moe_lvlm.conversion.tree import saved_files, write_model_tree
 from moe_lvlm.models.build import is_plain_llava, llava_config_of
+from moe_lvlm.models.build import open_weights as open_our_weights
 from moe_lvlm.models.config import MoELlavaConfig
+from moe_lvlm.models.instructblip_config import MoEInstructBlipConfig
 from moe_lvlm.models.load import find_model
-from moe_lvlm.models.processor import class_tokens, load_processor
+from moe_lvlm.models.processor import Processor, class_tokens, load_processor
 
 CONFIG_FILE = "config.json"
+_ARCHITECTURES = {
+    MoELlavaConfig.model_type: "MoELlavaForConditionalGeneration",
+    MoEInstructBlipConfig.model_type: "MoEInstructBlipForConditionalGeneration",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +48,9 @@ class Converted:
     before: the configuration that it was made from, as far as it has this form. notes: what a user should know.
     """
 
-    config: LlavaConfig
+    config: LlavaConfig | MoEInstructBlipConfig
     weights: LazySource
-    processor: LlavaProcessor
+    processor: Processor
     before: Mapping[str, Any]
     notes: tuple[str, ...] = ()
 
@@ -74,10 +80,11 @@ def open_model(path: str | Path) -> OpenModel:
     """
     model_folder, processor_folder = find_model(path)
     config = llava_config_of(model_folder)
-    weights = open_weights(model_folder)
     if is_plain_llava(model_folder):
         target = build_target(config)
-        weights = target.complete(target.adopt(weights, LLAVA_RULES))
+        weights: WeightSource = target.complete(target.adopt(open_weights(model_folder), LLAVA_RULES))
+    else:
+        weights = open_our_weights(model_folder)
     return OpenModel(config, weights, _complete_processor(load_processor(processor_folder), config, processor_folder))
 
 
@@ -127,7 +134,7 @@ def write_converted(
         ValueError: the target exists and may not be replaced.
         OSError: the disk is full, or fails; nothing is left behind then.
     """
-    return write_model_folder(
+    return write_model_tree(
         target,
         converted.weights,
         documents=_documents(converted),
@@ -142,19 +149,15 @@ def _documents(converted: Converted) -> dict[str, bytes]:
     config = type(converted.config).from_dict(without_paths(converted.config.to_dict()))
     embeddings = next(name for name in converted.weights.names() if name.endswith("embed_tokens.weight"))
     config.dtype = converted.weights.dtype(embeddings)
-    if isinstance(config, MoELlavaConfig):
-        config.architectures = ["MoELlavaForConditionalGeneration"]
+    if isinstance(config, MoELlavaConfig | MoEInstructBlipConfig):
+        config.architectures = [_ARCHITECTURES[config.model_type]]
     tokenizer = converted.processor.tokenizer
     generation = GenerationConfig(
         pad_token_id=tokenizer.pad_token_id,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    with TemporaryDirectory() as name:
-        folder = Path(name)
-        converted.processor.save_pretrained(folder)
-        documents = {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
-    return documents | {
+    return saved_files(converted.processor.save_pretrained) | {
         CONFIG_FILE: config.to_json_string(use_diff=True).encode(),
         "generation_config.json": generation.to_json_string(use_diff=True).encode(),
     }
@@ -164,6 +167,8 @@ def without_paths(fields: Mapping[str, Any]) -> dict[str, Any]:
     """A configuration without the folders of this machine from which its parts were read."""
     nested = {key: without_paths(value) if isinstance(value, Mapping) else value for key, value in fields.items()}
     nested.pop("_name_or_path", None)
+    if "start_from" in nested:  # adapters have begun
+        nested["start_from"] = None
     return nested
 
 

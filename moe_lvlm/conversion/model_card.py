@@ -13,6 +13,7 @@ import torch
 import transformers
 
 import moe_lvlm
+from moe_lvlm.config.adapter import LoRASettings, MoCLESettings
 from moe_lvlm.config.connector import PartSettings
 from moe_lvlm.config.moe import LongTailRouterSettings, MoEConfig
 from moe_lvlm.config.recipe import SourceSettings
@@ -28,7 +29,7 @@ class _PromptFact(NamedTuple):
     line: str
 
 
-# What a forward pass must be told of the prompt, by `MoEConfig.prompt_facts`
+# What a forward pass must be told of the prompt, by `VLMConfigParts.prompt_facts`
 _PROMPT_FACTS = {
     "instruction_mask": _PromptFact(
         "[B, S], 1 at the user's words; the snippet counts the template's words among them, training did not",
@@ -37,6 +38,10 @@ _PROMPT_FACTS = {
     "cluster_ids": _PromptFact(
         "[B], the cluster of each row's instruction in the table that the model was trained with (`data.clusters`)",
         'inputs["cluster_ids"] = inputs["input_ids"].new_zeros(1)  # write the instruction\'s own cluster here',
+    ),
+    "dataset_ids": _PromptFact(
+        "[B], the index in the training mixture of the dataset that each row is like",
+        'inputs["dataset_ids"] = inputs["input_ids"].new_zeros(1)  # write the dataset\'s own index here',
     ),
 }
 # Whose vision tokens take more experts than others, by `router.eea_select`
@@ -53,7 +58,8 @@ class CardFacts:
 
     form: `stock` or `native`. architecture: the class that loads it. language_model: the class inside. reason: why it
     has this form. packages: what remote code needs. prompt: lines of Python that make `prompt`. layers: decoder layers
-    with experts, num_layers: all. license: an identifier of the Hub.
+    with experts, num_layers: all. adapter: in the language model. prompt_facts: what a forward pass must be told besides
+    tokens. license: an identifier of the Hub.
     """
 
     provenance: Provenance
@@ -68,6 +74,8 @@ class CardFacts:
     dtype: str
     parameters: ParameterCounts
     moe: MoEConfig | None
+    adapter: LoRASettings | None
+    prompt_facts: frozenset[str]
     layers: Sequence[int]
     num_layers: int
     is_eea_off: bool
@@ -78,7 +86,7 @@ class CardFacts:
 def render_card(facts: CardFacts) -> str:
     """The card as Markdown with its front matter."""
     sections = (
-        _front_matter(facts), _head(facts), _loading(facts), _model(facts), _routing(facts), _eea(facts),
+        _front_matter(facts), _head(facts), _loading(facts), _model(facts), _routing(facts), _adapter(facts), _eea(facts),
         _training(facts), _scores(facts), _origin(facts),
     )  # fmt: skip
     return "\n\n".join("\n".join(lines) for section in sections if (lines := list(section))) + "\n"
@@ -93,7 +101,7 @@ def _front_matter(facts: CardFacts) -> Iterator[str]:
     yield "library_name: transformers"
     yield "pipeline_tag: image-text-to-text"
     yield f"tags: [{', '.join(tags)}]"
-    if base := _base_models(facts.provenance):
+    if base := base_models(facts.provenance):
         yield f"base_model: {json.dumps(base)}"
     yield "---"
 
@@ -136,14 +144,14 @@ def _loading(facts: CardFacts) -> Iterator[str]:
     yield 'image = Image.open("image.png").convert("RGB")'
     yield facts.prompt
     yield 'inputs = processor(images=image, text=prompt, add_special_tokens=False, return_tensors="pt")'
-    for name in sorted(facts.moe.prompt_facts if facts.moe is not None else ()):
+    for name in sorted(facts.prompt_facts):
         yield _PROMPT_FACTS[name].line
     yield "answer = model.generate(**inputs.to(model.device, model.dtype), max_new_tokens=64)"
     yield 'print(processor.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))'
     yield "```"
-    for name in sorted(facts.moe.prompt_facts if facts.moe is not None else ()):
+    for name in sorted(facts.prompt_facts):
         yield ""
-        yield f"Its routers also want `{name}` beside `input_ids`, in `forward` and `generate`: {_PROMPT_FACTS[name].text}."
+        yield f"Its routers or gates also want `{name}` beside `input_ids`, in `forward` and `generate`: {_PROMPT_FACTS[name].text}."
     if facts.form == "native":
         yield ""
         yield "With moe-lvlm installed, `moe_lvlm.load(folder)` gives model and processor without remote code."
@@ -184,6 +192,19 @@ def _routing(facts: CardFacts) -> Iterator[str]:
     yield ""
     yield "```yaml"
     yield dump_yaml(moe.to_dict()).rstrip()
+    yield "```"
+
+
+def _adapter(facts: CardFacts) -> Iterator[str]:
+    if facts.adapter is None:
+        return
+    yield "## Adapters"
+    yield ""
+    kind = "LoRA experts chosen by a gate (MoCLE)" if isinstance(facts.adapter, MoCLESettings) else "A LoRA"
+    yield f"{kind} in the language model."
+    yield ""
+    yield "```yaml"
+    yield dump_yaml(facts.adapter.model_dump(mode="json") | {"start_from": None}).rstrip()
     yield "```"
 
 
@@ -271,7 +292,7 @@ def _origin(facts: CardFacts) -> Iterator[str]:
     yield f"* run: {origin.name}" + (f", checkpoint {origin.checkpoint}" if origin.checkpoint else "")
     if origin.steps is not None:
         yield f"* optimizer steps: {origin.steps}" + (f"; tokens: {origin.tokens:,}" if origin.tokens else "")
-    for part, name in _named_parts(origin):
+    for part, name in named_parts(origin):
         yield f"* {part}: {name}"
     if origin.versions:
         yield f"* trained with: {', '.join(f'{name} {version}' for name, version in origin.versions.items())}"
@@ -283,28 +304,29 @@ def _origin(facts: CardFacts) -> Iterator[str]:
         yield "* licence: not stated; that of the parts and the data that it was made from applies"
 
 
-def _named_parts(origin: Provenance) -> Iterator[tuple[str, str]]:
+def named_parts(origin: Provenance) -> Iterator[tuple[str, str]]:
     """Pretrained parts by name. Of a path only its end is told."""
     if origin.recipe is None:
         return
     model = origin.recipe.model
     if model.from_pretrained is not None:
-        yield "started from", _public(model.from_pretrained)
+        yield "started from", public_name(model.from_pretrained)
     parts: tuple[tuple[str, PartSettings | None], ...] = (
         ("vision tower", model.vision_tower),
         ("language model", model.language_model),
     )
     for part, settings in parts:
         if settings is not None and settings.from_pretrained is not None:
-            yield part, _public(settings.from_pretrained)
+            yield part, public_name(settings.from_pretrained)
 
 
-def _base_models(origin: Provenance) -> list[str]:
+def base_models(origin: Provenance) -> list[str]:
     """Names of parts that are names on a hub, `owner/name`."""
-    return [name for _, name in _named_parts(origin) if name.count("/") == 1 and ":" not in name]
+    return [name for _, name in named_parts(origin) if name.count("/") == 1 and ":" not in name]
 
 
-def _public(name: str) -> str:
+def public_name(name: str) -> str:
+    """A hub's name or a package's path as it is; of a path on this machine its end."""
     is_path = name.count("/") > 1 or name.startswith(("/", ".", "~")) or Path(name).exists()
     return PurePosixPath(name).name if is_path and not name.startswith("package:") else name
 

@@ -6,11 +6,13 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import GenerationConfig, LlavaProcessor
+from transformers import GenerationConfig, InstructBlipProcessor, LlavaProcessor
 
 from moe_lvlm.config.recipe import DataSettings
 from moe_lvlm.conversion.provenance import Provenance
+from moe_lvlm.conversion.tree import saved_files
 from moe_lvlm.data.templates import Template, build_template, chat_template_text, end_of_turn_id, own_bos_token
+from moe_lvlm.models.load import read_processor
 from moe_lvlm.models.processor import load_processor
 
 GENERATION_CONFIG = "generation_config.json"
@@ -50,6 +52,33 @@ def processor_files(folder: Path, provenance: Provenance) -> ProcessorFiles:
         files = _read_flat(Path(temporary))
     files[GENERATION_CONFIG] = _generation_config(processor, template).to_json_string().encode()
     return ProcessorFiles(files=files, prompt=_prompt(processor, kind), image_token=processor.image_token)
+
+
+def blip_processor_files(folder: Path) -> ProcessorFiles:
+    """The same of an InstructBLIP: files by path, since the Q-Former's tokenizer has a folder of its own.
+
+    Raises:
+        ValueError: there is no processor, or another one's.
+    """
+    ours = read_processor(folder)
+    if not isinstance(ours, InstructBlipProcessor):
+        raise ValueError(f"{folder}: the processor has no tokenizer for a Q-Former; allowed: an InstructBLIP's")
+    stock = InstructBlipProcessor(
+        image_processor=ours.image_processor,
+        tokenizer=ours.tokenizer,
+        qformer_tokenizer=ours.qformer_tokenizer,
+        num_query_tokens=ours.num_query_tokens,
+    )
+    files = saved_files(stock.save_pretrained)
+    tokenizer = stock.tokenizer
+    generation = GenerationConfig(
+        do_sample=False,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    files[GENERATION_CONFIG] = generation.to_json_string().encode()
+    return ProcessorFiles(files=files, prompt='prompt = "What is in this image?"', image_token=str(stock.image_token))
 
 
 def _read_flat(folder: Path) -> dict[str, bytes]:

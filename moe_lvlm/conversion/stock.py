@@ -32,6 +32,11 @@ _SHARED_FIELDS = (
 # Outside training these are top-k: `ltdr` without EEA; the losses of `task` and `stgc` belong to training.
 _TOP_K_ROUTERS = ("top_k", "ltdr", "task", "stgc")
 _FAMILIES = ("llama", "mistral", "phi3", "qwen2", "qwen3")
+# What our configuration has and LLaVA's has not, and what says nothing about the model
+_OURS = (
+    "moe", "language_head_bias", "qformer", "num_query_tokens", "experts", "adapter",
+    "model_type", "auto_map", "architectures", "transformers_version",
+)  # fmt: skip
 
 
 class NoStockFormError(ValueError):
@@ -58,6 +63,11 @@ def stock_form(config: MoELlavaConfig) -> StockForm:
         NoStockFormError: there is none.
     """
     text, moe = config.text_config, config.moe_config
+    if config.adapter is not None:
+        raise NoStockFormError(
+            f"adapter {config.adapter['kind']}: no stock class has adapters inside; `tools/export.py mocle` writes them for "
+            "PEFT, or merged into the weights"
+        )
     if config.language_head_bias:
         raise NoStockFormError(f"{text.model_type}: its language-model head has a bias, {ARCHITECTURE}'s has none")
     if moe is None:
@@ -101,7 +111,7 @@ def model_class_name(text: PreTrainedConfig) -> str:
 
 def _llava_config(config: MoELlavaConfig, text: PreTrainedConfig) -> LlavaConfig:
     fields = config.to_dict()
-    for ours in ("moe", "language_head_bias", "model_type", "auto_map", "architectures", "transformers_version"):
+    for ours in _OURS:
         fields.pop(ours, None)
     fields["text_config"] = text.to_dict()
     stock = LlavaConfig.from_dict(fields)
@@ -235,7 +245,7 @@ class _Mapping:
 
     def tensors_of(self, ours: str) -> Iterator[tuple[str, LazyTensor]]:
         """Everything that is cut from one tensor of ours; several tensors of ours give one shared expert."""
-        name = _stock_name(ours)
+        name = disk_name(ours)
         block, is_sparse, leaf = name.partition(".mlp.router.gate.")
         if is_sparse:
             yield f"{block}.{self._block}.gate.{leaf}", LazyTensor.from_source(self._source, ours)
@@ -347,7 +357,7 @@ class _Mapping:
         return LazyTensor(shape=(sum(tensor.num_rows for tensor in tensors), width), dtype=dtype, read=read)
 
 
-def _stock_name(ours: str) -> str:
+def disk_name(ours: str) -> str:
     """LLaVA's names on disk, as transformers writes them."""
     for prefix, theirs in (
         ("model.language_model.", "language_model.model."),

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from moe_lvlm.checkpoint.source import LazySource, LazyTensor, WeightSource
-from moe_lvlm.models.build import build_empty
-from moe_lvlm.models.config import MoELlavaConfig
-from moe_lvlm.models.llava import MoELlavaForConditionalGeneration
+from moe_lvlm.models.build import VLM, build_empty
+from moe_lvlm.models.instructblip_config import VLMConfig
 
 # Prefix of a name -> what stands there instead; the first that fits is taken.
 Rules = Sequence[tuple[str, str]]
@@ -35,7 +34,7 @@ _COMPUTED = (".embeddings.position_ids", ".rotary_emb.inv_freq")
 class Target:
     """A model on meta tensors. shapes: of all that is stored of it. tied: names that share another one's tensor."""
 
-    model: MoELlavaForConditionalGeneration
+    model: VLM
     shapes: Mapping[str, tuple[int, ...]]
     tied: frozenset[str]
 
@@ -89,11 +88,11 @@ class Target:
 
     def _words(self) -> str:
         config = self.model.config
-        kind = "dense" if config.moe is None else "sparse"
+        kind = "dense" if config.moe_config is None else "sparse"
         return f"the {kind} model that the configuration describes ({config.text_config.model_type})"
 
 
-def build_target(config: MoELlavaConfig) -> Target:
+def build_target(config: VLMConfig) -> Target:
     """The model of a configuration, without its weights.
 
     Raises:

@@ -34,7 +34,8 @@ class ClusterTable:
     """The centres of all clusters, and the cluster of every instruction that was there when they were computed.
 
     centres_KW: float32. hashes_I: uint64, `instruction_hash` of the known instructions, ascending. ids_I: int32, their
-    clusters. probe_W: float32, the encoder's embedding of PROBE. encoder: its name. seed: of the k-means.
+    clusters. probe_W: float32, the encoder's embedding of PROBE. encoder: its name. seed: of the k-means. datasets: names
+    of the datasets whose means the centres are, in order; None for a table of k-means.
     """
 
     centres_KW: NDArray[np.float32]
@@ -43,6 +44,7 @@ class ClusterTable:
     probe_W: NDArray[np.float32]
     encoder: str
     seed: int
+    datasets: tuple[str, ...] | None = None
 
     @property
     def num_clusters(self) -> int:
@@ -71,20 +73,15 @@ class ClusterTable:
             "ids": self.ids_I,
             "probe": self.probe_W,
         }
-        facts = {
+        facts: dict[str, Any] = {
             "format_version": FORMAT_VERSION,
             "encoder": self.encoder,
             "num_clusters": self.num_clusters,
             "seed": self.seed,
         }
-        content = save(tensors, metadata={FACTS: json.dumps(facts)})
-        path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = path.with_name(f".{path.name}.{os.getpid()}")
-        try:
-            scratch.write_bytes(content)
-            scratch.replace(path)
-        finally:
-            scratch.unlink(missing_ok=True)
+        if self.datasets is not None:
+            facts["datasets"] = list(self.datasets)
+        write_whole(path, save(tensors, metadata={FACTS: json.dumps(facts)}))
 
     @classmethod
     def load(cls, path: Path) -> ClusterTable:
@@ -107,6 +104,7 @@ class ClusterTable:
             probe_W=tensors["probe"],
             encoder=facts["encoder"],
             seed=facts["seed"],
+            datasets=None if "datasets" not in facts else tuple(facts["datasets"]),
         )
 
 
@@ -149,6 +147,17 @@ class InstructionClusters:
                 ) from error
             self._checked = encode
         return self._checked
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that appears whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        scratch.write_bytes(content)
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
 
 
 def nearest_centres(centres_KW: NDArray[np.float32], embeddings_NW: NDArray[np.float32]) -> NDArray[np.int32]:
@@ -219,6 +228,11 @@ def _fact_fault(facts: dict[str, Any], tensors: dict[str, NDArray[Any]]) -> str 
         return f"num_clusters is {facts.get('num_clusters')!r}, but there are {len(tensors['centres'])} centres"
     if not isinstance(facts.get("seed"), int):
         return f"seed is {facts.get('seed')!r}; allowed: a whole number"
+    names = facts.get("datasets")
+    if "datasets" in facts and not (
+        isinstance(names, list) and len(names) == facts["num_clusters"] and all(isinstance(name, str) for name in names)
+    ):
+        return f"datasets is {names!r}; allowed: {facts['num_clusters']} names"
     return None
 
 

@@ -6,7 +6,7 @@ B rows   S sequence   A answer   L words of the connector   N samples   n images
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NotRequired, TypedDict
+from typing import Literal, NotRequired, TypedDict
 
 import torch
 from torch import Tensor
@@ -96,7 +96,9 @@ class Collator:
                 instruction_BS=instruction_BS,
                 task_N=_task_labels(samples) if self.has_task_labels else None,
                 cluster_N=_clusters(samples),
-                draw_N=_draws(samples),
+                dataset_N=_known(samples, "dataset_index"),
+                draw_N=_known(samples, "draw"),
+                is_packed=False,
             ),
         )
         pixel_values = _pixel_values(samples)
@@ -143,10 +145,10 @@ def _clusters(samples: Sequence[Sample]) -> Tensor | None:
     return torch.tensor(clusters, dtype=torch.int64) if clusters else None
 
 
-def _draws(samples: Sequence[Sample]) -> Tensor | None:
-    """Int64 [N]; None where the draws of some are not known."""
-    draws = [sample.draw for sample in samples if sample.draw is not None]
-    return torch.tensor(draws, dtype=torch.int64) if len(draws) == len(samples) else None
+def _known(samples: Sequence[Sample], field: Literal["draw", "dataset_index"]) -> Tensor | None:
+    """A number of each sample, int64 [N]; None where those of some are not known."""
+    numbers = [getattr(sample, field) for sample in samples]
+    return None if None in numbers else torch.tensor(numbers, dtype=torch.int64)
 
 
 def _image_index(is_vision_BS: Tensor, samples: Sequence[Sample]) -> Tensor:

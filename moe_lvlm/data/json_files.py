@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import codecs
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from moe_lvlm.data.errors import DataFileError
+
+_SHOWN = 5  # values of a field in an error
 
 
 class RecordFile:
@@ -65,6 +67,39 @@ def read_json_lines(path: Path) -> list[bytes]:
 def to_line(record: object) -> bytes:
     """A record as `RecordFile` keeps it."""
     return json.dumps(record, separators=(",", ":")).encode()
+
+
+def matching(rows: Iterable[object], where: Mapping[str, Sequence[str | int]], path: Path) -> Iterator[object]:
+    """The objects whose fields have one of the values that `where` gives for them. What is no object is no match.
+
+    Raises DataFileError if none matches, naming values that there are.
+    """
+    if not where:
+        yield from rows
+        return
+    met: dict[str, set[str]] = {key: set() for key in where}
+    found = False
+    for row in rows:
+        values = [row.get(key) for key in where] if isinstance(row, dict) else []
+        if values and all(_is_one_of(value, wanted) for value, wanted in zip(values, where.values(), strict=True)):
+            found = True
+            yield row
+        elif not found:
+            for key, value in zip(where, values, strict=False):
+                if isinstance(value, str | int) and len(met[key]) < _SHOWN:
+                    met[key].add(str(value))
+    if not found:
+        shown = "; ".join(f"{key}: {', '.join(sorted(values)) or 'none'}" for key, values in met.items())
+        raise DataFileError(f"{path}: where: {_words(where)}: no record is so; values that there are: {shown}")
+
+
+def _is_one_of(value: object, wanted: Sequence[str | int]) -> bool:
+    # 1 is True to Python, and not in JSON
+    return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in wanted)
+
+
+def _words(where: Mapping[str, Sequence[str | int]]) -> str:
+    return ", ".join(f"{key} {' or '.join(map(str, values))}" for key, values in where.items())
 
 
 def check_suffix(path: Path, allowed: tuple[str, ...]) -> None:

@@ -12,8 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 from transformers import ProcessorMixin
 
+from moe_lvlm.config.adapter import LoRASettings, MoCLESettings
 from moe_lvlm.config.moe import MoEConfig
-from moe_lvlm.config.recipe import DataSettings, RecordsSettings, SourceSettings, Template
+from moe_lvlm.config.recipe import DataSettings, SourceSettings, Template
+from moe_lvlm.config.records import RecordsSettings
 from moe_lvlm.data import packs
 from moe_lvlm.data.clusters import ClusterTable, InstructionClusters
 from moe_lvlm.data.collator import Collator
@@ -21,7 +23,7 @@ from moe_lvlm.data.connector_text import ConnectorText
 from moe_lvlm.data.draws import draw_number
 from moe_lvlm.data.errors import BadRecordError, DataFileError, RecordFault
 from moe_lvlm.data.json_files import RecordFile
-from moe_lvlm.data.layout import LLAVA, Layout
+from moe_lvlm.data.layout import LLAVA, LLAVA_FIRST_TURN, Layout
 from moe_lvlm.data.llava_json import read_records
 from moe_lvlm.data.published import open_published
 from moe_lvlm.data.records import Record
@@ -74,11 +76,19 @@ class Source:
         except RecordFault as fault:
             raise self._bad(index, record.id, fault) from fault
 
+    def instructions(self, index: int) -> tuple[str, ...]:
+        """All instructions that draws of the record can give, without image marks. Raises BadRecordError."""
+        raw = self.records[index]
+        try:
+            return self.layout.instructions(raw)
+        except RecordFault as fault:
+            raise self._bad(index, self.layout.record_id(raw), fault) from fault
+
     def prompt(self, index: int, builder: SampleBuilder) -> Prompt:
         """The prompt for the record's last answer. Raises BadRecordError."""
         record = self.record(index)
         try:
-            return builder.record_prompt(record, self.image_root)
+            return builder.record_prompt(record, self.image_root, dataset=self.name)
         except RecordFault as fault:
             raise self._bad(index, record.id, fault) from fault
 
@@ -163,12 +173,25 @@ def build_dataset(
         raise ValueError(
             f"data.mixture: {len(ratios)} of {len(mixture)} sources have a ratio; allowed: all of them, or none"
         )
-    builder = build_samples(settings, template, processor, num_image_tokens, answers_apart=answers_apart)
+    builder = build_samples(
+        settings, template, processor, num_image_tokens, answers_apart=answers_apart, mixture=mixture
+    )
+    _check_datasets(builder)
     sources = [open_records(source, settings.image_root) for source in mixture]
     weights = [source.weight for source in mixture]
     num_draws = draws_by_ratio(sources, ratios) if ratios else draws_by_weight(sources, weights)
     dataset = MixtureDataset(sources, num_draws, builder, seed=seed)
     return dataset, Collator.for_processor(processor, has_task_labels=bool(settings.task_types))
+
+
+def _check_datasets(builder: SampleBuilder) -> None:
+    """Raises ValueError for a table of clusters by dataset that is another mixture's."""
+    names = None if builder.clusters is None else builder.clusters.table.datasets
+    if names is not None and names != builder.datasets:
+        raise ValueError(
+            f"data.clusters: a table of the datasets {', '.join(names)}, but the mixture has {', '.join(builder.datasets)}; "
+            "allowed: the same in the same order (tools/fit_clusters.py --by-dataset)"
+        )
 
 
 def build_samples(
@@ -178,11 +201,12 @@ def build_samples(
     num_image_tokens: NumImageTokens,
     *,
     answers_apart: bool = False,
+    mixture: Sequence[SourceSettings] | None = None,
 ) -> SampleBuilder:
     """The maker of samples and prompts that a recipe's `data` describes.
 
-    A processor with a `qformer_tokenizer` (InstructBLIP's) has a connector that reads words, the others none. Raises
-    TemplateError, or DataFileError for the table of clusters.
+    mixture: the stage's own; None takes that of `settings`. A processor with a `qformer_tokenizer` (InstructBLIP's) has a
+    connector that reads words, the others none. Raises TemplateError, or DataFileError for the table of clusters.
     """
     check_processor(processor)
     built = build_template(
@@ -203,6 +227,8 @@ def build_samples(
         clusters=None if table is None else InstructionClusters(table),
         connector_text=None if connector_tokenizer is None else ConnectorText(connector_tokenizer),
         answers_apart=answers_apart,
+        reads_instruction=settings.connector_words == "instruction",
+        datasets=[source_name(source) for source in (settings.mixture if mixture is None else mixture)],
     )
 
 
@@ -213,10 +239,14 @@ def open_clusters(settings: DataSettings) -> ClusterTable | None:
     return ClusterTable.load(resolve_path(settings.clusters, settings.image_root))
 
 
-def needed_data(settings: DataSettings, moe: MoEConfig | None) -> DataSettings:
-    """The same settings, without a table of clusters where no router of the model reads it: an instruction that it
-    does not hold would ask for the encoder in vain. moe: None for a dense model."""
+def needed_data(
+    settings: DataSettings, moe: MoEConfig | None, adapter: LoRASettings | MoCLESettings | None = None
+) -> DataSettings:
+    """The same settings, without a table of clusters where no router or gate of the model reads it: an instruction that
+    it does not hold would ask for the encoder in vain. moe, adapter: None for a model without them."""
     if moe is not None and moe.router.kind == "cluster":
+        return settings
+    if isinstance(adapter, MoCLESettings) and adapter.gating in ("cluster", "dataset"):
         return settings
     return settings.model_copy(update={"clusters": None})
 
@@ -227,16 +257,28 @@ def open_records(settings: RecordsSettings, base: str, *, for_evaluation: bool =
     base: the recipe's `data.image_root`, `package:...` too. for_evaluation: captions come a record an image, with all
     that were written for it, in place of a record a caption.
     """
-    file = resolve_path(settings.path, base)
     root = resolve_path(settings.image_root or "", base)
     if not root.is_dir():
+        file = resolve_path(settings.path, base)
         raise DataFileError(f"image_root: {root} is not a folder (for records of {file})")
-    name = file.stem if settings.name is None else settings.name
+    records, layout = read_dataset(settings, base, for_evaluation=for_evaluation)
+    return Source(source_name(settings), records, root, layout)
+
+
+def read_dataset(settings: RecordsSettings, base: str, *, for_evaluation: bool = False) -> tuple[RecordFile, Layout]:
+    """The records of a dataset and how they are read, as for `open_records`; its images need not be there."""
+    file = resolve_path(settings.path, base)
     if settings.source == "llava_json":
-        return Source(name, read_records(file), root)
-    annotations = None if settings.annotations is None else resolve_path(settings.annotations, base)
-    records, layout = open_published(settings, file, annotations, by_image=for_evaluation)
-    return Source(name, records, root, layout)
+        return read_records(file, settings.where), LLAVA_FIRST_TURN if settings.turns == "first" else LLAVA
+    annotations, ocr_tokens = (
+        None if other is None else resolve_path(other, base) for other in (settings.annotations, settings.ocr_tokens)
+    )
+    return open_published(settings, file, annotations, by_image=for_evaluation, ocr_tokens=ocr_tokens)
+
+
+def source_name(settings: RecordsSettings) -> str:
+    """The name of a dataset: the recipe's, or that of its file."""
+    return Path(settings.path).stem if settings.name is None else settings.name
 
 
 def resolve_path(path: str, base: str) -> Path:

@@ -40,7 +40,8 @@ class Sample:
     prompt. instruction [S] bool, the user's words without image tokens. pixel_values [n, C, H, W] float32, or None.
     image_tokens: placeholders of each image. task: the record's own; task_label: its number by the recipe's rules, None
     if none fits. cluster: of its first instruction, None without a table of clusters. connector_ids [L] int64, what the
-    connector reads beside each image, None if it reads nothing. draw: 0 <= draw < 2^63, the number of the draw that
+    connector reads beside each image, None if it reads nothing. dataset_index: of its dataset in the mixture, None where
+    it is in none. draw: 0 <= draw < 2^63, the number of the draw that
     brought it, None outside of a mixture.
     """
 
@@ -56,6 +57,7 @@ class Sample:
     cluster: int | None = None
     connector_ids: Tensor | None = None
     draw: int | None = None
+    dataset_index: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +70,7 @@ class Prompt:
     image_tokens: tuple[int, ...]
     cluster: int | None = None
     connector_ids: Tensor | None = None
+    dataset_index: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +89,9 @@ class SampleBuilder:
 
     answers_apart: samples are for an encoder and a decoder, which read the prompt and the answer (template `instruct`
     with `closes_prompt`). connector_text: None where the connector reads no words.
+    reads_instruction: it reads the whole first human turn, even where a record tells its bare question. datasets: names
+    of the mixture's, in its order; what is from another one has the index that the table of clusters gives its
+    instruction, if that is a table by dataset.
     """
 
     def __init__(
@@ -99,6 +105,8 @@ class SampleBuilder:
         clusters: InstructionClusters | None = None,
         connector_text: ConnectorText | None = None,
         answers_apart: bool = False,
+        reads_instruction: bool = False,
+        datasets: Sequence[str] = (),
     ) -> None:
         self.processor = processor
         self.template = template
@@ -107,6 +115,8 @@ class SampleBuilder:
         self.clusters = clusters
         self.connector_text = connector_text
         self.answers_apart = answers_apart
+        self.reads_instruction = reads_instruction
+        self.datasets = tuple(datasets)
         self._num_image_tokens = num_image_tokens
 
     def sample(self, record: Record, image_root: Path, *, dataset: str, key: str, draw: int | None = None) -> Sample:
@@ -116,6 +126,7 @@ class SampleBuilder:
         tokens = self._cut(tokens)
         if self.answers_apart:
             tokens = _part(tokens)
+        cluster = self._cluster(record.turns)
         return Sample(
             key=key,
             dataset=dataset,
@@ -126,17 +137,24 @@ class SampleBuilder:
             pixel_values=pixel_values,
             image_tokens=image_tokens,
             task_label=None if self.tasks is None else self.tasks.label(record, dataset),
-            cluster=self._cluster(record.turns),
+            cluster=cluster,
             connector_ids=self._connector_ids(record.turns, record.question),
             draw=draw,
+            dataset_index=self._dataset_index(dataset, cluster),
         )
 
     def prompt(
-        self, turns: Sequence[Turn], images: Sequence[Image.Image], *, connector_words: str | None = None
+        self,
+        turns: Sequence[Turn],
+        images: Sequence[Image.Image],
+        *,
+        connector_words: str | None = None,
+        dataset: str | None = None,
     ) -> Prompt:
         """What the model goes on from: a conversation whose last turn is a human's. images: RGB, one a mark.
 
-        connector_words: what the connector reads; None takes the words of the first turn.
+        connector_words: what the connector reads; None takes the words of the first turn. dataset: the name of the
+        dataset that it is from, if it is from one.
 
         Raises RecordFault if turns do not alternate, end in an answer, or marks and images differ in number.
         """
@@ -147,27 +165,37 @@ class SampleBuilder:
         if num_marks != len(images):
             raise RecordFault(f"the turns hold {num_marks} {IMAGE_MARK} mark(s) for {len(images)} image(s)")
         tokens, pixel_values, image_tokens = self._encode(turns, images)
+        cluster = self._cluster(turns)
         return Prompt(
             input_ids=torch.from_numpy(tokens.ids),
             instruction=torch.from_numpy(tokens.instruction),
             pixel_values=pixel_values,
             image_tokens=image_tokens,
-            cluster=self._cluster(turns),
+            cluster=cluster,
             connector_ids=self._connector_ids(turns, connector_words),
+            dataset_index=self._dataset_index(dataset, cluster),
         )
 
-    def record_prompt(self, record: Record, image_root: Path) -> Prompt:
+    def record_prompt(self, record: Record, image_root: Path, *, dataset: str | None = None) -> Prompt:
         """The prompt for a record's last answer. Raises RecordFault."""
         images = [load_image(image_root, path) for path in record.images]
-        return self.prompt(record.turns[:-1], images, connector_words=record.question)
+        return self.prompt(record.turns[:-1], images, connector_words=record.question, dataset=dataset)
 
     def _cluster(self, turns: Sequence[Turn]) -> int | None:
         return None if self.clusters is None else self.clusters.cluster(first_instruction(turns))
 
+    def _dataset_index(self, dataset: str | None, cluster: int | None) -> int | None:
+        if dataset in self.datasets:
+            return self.datasets.index(dataset)
+        is_by_dataset = self.clusters is not None and self.clusters.table.datasets is not None
+        return cluster if is_by_dataset else None
+
     def _connector_ids(self, turns: Sequence[Turn], words: str | None) -> Tensor | None:
         if self.connector_text is None:
             return None
-        return self.connector_text(first_instruction(turns) if words is None else words)
+        if words is None or self.reads_instruction:
+            words = first_instruction(turns)
+        return self.connector_text(words)
 
     def _encode(
         self, turns: Sequence[Turn], images: Sequence[Image.Image]

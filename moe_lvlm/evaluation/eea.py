@@ -29,7 +29,7 @@ from moe_lvlm.models.llava import MoELlavaForConditionalGeneration
 from moe_lvlm.models.load import CHECKPOINTS, find_model, load
 from moe_lvlm.routing.eea import without_eea
 from moe_lvlm.routing.trace import RoutingTrace
-from moe_lvlm.routing.types import Modality, Site
+from moe_lvlm.routing.types import LANGUAGE_MODEL, Modality, Site
 
 
 def measure_eea(
@@ -154,7 +154,7 @@ class _Comparison:
         self._tokens += int((modality_T != int(Modality.PADDING)).sum())
         self._vision += int(is_vision_T.sum())
         for name, trace in (("with_eea", with_eea), ("without_eea", without)):
-            for site, decision in trace.items():
+            for site, decision in trace.of(LANGUAGE_MODEL):
                 rows_T = decision.keep_RK.sum(dim=-1)
                 self._rows[name] += int(rows_T.sum())
                 self._rows[f"vision_{name}"] += int(rows_T[is_vision_T].sum())

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from transformers import LlavaProcessor
 
-from moe_lvlm.config.recipe import DataSettings, Recipe, RecordsSettings, StageSettings
+from moe_lvlm.config.recipe import DataSettings, Recipe, StageSettings
+from moe_lvlm.config.records import RecordsSettings
 from moe_lvlm.data.errors import BadRecordError
 from moe_lvlm.data.mixture import Source, build_samples, needed_data, open_records
 from moe_lvlm.data.sample import Prompt, Sample, SampleBuilder

@@ -23,7 +23,8 @@ class Prompt(Protocol):
     """What a model answers: a rendered conversation that waits for its next answer.
 
     input_ids: [S] int64, every image mark expanded to its placeholders.
-    instruction: [S] bool, the user's words. cluster: of the instruction, None where clusters are not known.
+    instruction: [S] bool, the user's words. cluster: of the instruction, dataset_index: of the dataset in the mixture,
+        None where they are not known.
     pixel_values: [images, C, H, W] float32 in the order of the marks, or None.
     connector_ids: [W] int64, the words that a Q-Former reads beside each image, None where there is no Q-Former.
     """
@@ -36,6 +37,9 @@ class Prompt(Protocol):
 
     @property
     def cluster(self) -> int | None: ...
+
+    @property
+    def dataset_index(self) -> int | None: ...
 
     @property
     def pixel_values(self) -> Tensor | None: ...
@@ -142,8 +146,8 @@ def collate_prompts(
     prompts: Sequence[Prompt], *, model: PreTrainedModel, pad_id: int, padding: Literal["left", "right"] = "left"
 ) -> dict[str, Tensor]:
     """One batch on the model's device: input_ids and attention_mask [B, S], and pixel_values in the model's type if
-    there is an image; for a sparse model also what routers may ask: instruction_mask [B, S], and cluster_ids [B] if all
-    prompts have a cluster; for a Q-Former its words, a row an image. Generation goes on at the right end, so it wants its
+    there is an image; of instruction_mask [B, S], cluster_ids and dataset_ids [B] what the model's routers and gates ask
+    (`prompt_facts` of its configuration), numbers if all prompts have one; for a Q-Former its words, a row an image. Generation goes on at the right end, so it wants its
     padding on the left."""
     longest = max(prompt.input_ids.numel() for prompt in prompts)
     input_ids_BS = torch.full((len(prompts), longest), pad_id, dtype=torch.int64)
@@ -156,12 +160,14 @@ def collate_prompts(
         attention_mask_BS[row, start : start + length] = 1
         instruction_mask_BS[row, start : start + length] = prompt.instruction
     batch = {"input_ids": input_ids_BS, "attention_mask": attention_mask_BS}
-    # a dense model may be transformers' own, which knows no such arguments
-    if getattr(model.config, "moe", None) is not None:
+    # transformers' own models, which know no such arguments, have no such property
+    facts: frozenset[str] = getattr(model.config, "prompt_facts", frozenset())
+    if "instruction_mask" in facts:
         batch["instruction_mask"] = instruction_mask_BS
-        clusters = [prompt.cluster for prompt in prompts if prompt.cluster is not None]
-        if len(clusters) == len(prompts):
-            batch["cluster_ids"] = torch.tensor(clusters)
+    if "cluster_ids" in facts:
+        batch |= _numbers("cluster_ids", [prompt.cluster for prompt in prompts])
+    if "dataset_ids" in facts:
+        batch |= _numbers("dataset_ids", [prompt.dataset_index for prompt in prompts])
     words = [
         prompt.connector_ids
         for prompt in prompts
@@ -176,6 +182,12 @@ def collate_prompts(
     if images:
         batch["pixel_values"] = torch.cat(images).to(model.device, model.dtype)
     return batch
+
+
+def _numbers(name: str, values: Sequence[int | None]) -> dict[str, Tensor]:
+    """Nothing where some are not known: the model then says what it lacks."""
+    known = [value for value in values if value is not None]
+    return {name: torch.tensor(known)} if len(known) == len(values) else {}
 
 
 def _answer_start(model: PreTrainedModel, input_ids_BS: Tensor) -> int:

@@ -83,10 +83,11 @@ def load_run(run: Path, recipe: Recipe, *, device: str | None, dtype: str | torc
     model, processor = load(run, device=target, dtype=computed_in)
     template = recipe.stages[-1].template or recipe.data.template
     builder = build_samples(
-        needed_data(recipe.data, model.config.moe_config),
+        needed_data(recipe.data, model.config.moe_config, model.config.adapter_settings),
         template,
         processor,
         num_image_tokens,
+        mixture=recipe.stages[-1].mixture,
         answers_apart=model.config.is_answer_apart,
     )
     end_id = end_of_turn_id(builder.template, processor.tokenizer)

@@ -20,6 +20,8 @@ PREDICTIONS = "predictions.jsonl"
 ROUTING = "routing.npz"
 EXAMPLES = "examples.npz"
 PATHS = "paths.json"
+ADAPTERS = "adapters.json"
+INSTRUCTIONS = "instructions.json"
 
 
 def evaluation_folder(run: Path, name: str) -> Path:

@@ -17,12 +17,15 @@ from PIL import Image
 from torch import Tensor
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
+from moe_lvlm.analysis.adapters import AdapterStatistics
 from moe_lvlm.analysis.examples import ExampleStore, displayable
 from moe_lvlm.analysis.foreground import patch_grid, pool_patches
 from moe_lvlm.analysis.paths import PathStatistics
 from moe_lvlm.analysis.statistics import RoutingStatistics
+from moe_lvlm.config.adapter import MoCLESettings
 from moe_lvlm.evaluation.generation import Prompt, collate_prompts
 from moe_lvlm.routing.trace import RoutingTrace
+from moe_lvlm.routing.types import LANGUAGE_MODEL
 
 ForegroundByImage = list[NDArray[np.float32] | None]
 
@@ -45,14 +48,21 @@ class Answered:
 class RoutingCollector:
     """Runs prompts through the model once more, without generation, and adds up how they were routed.
 
-    statistics: of tokens, in the language model; examples: images with their tail tokens, where visual tokens are
-    patches; paths: of images, in the connector. Each is empty if the model has no such experts.
+    statistics: of tokens, in the language model; examples: images with the tail tokens that it has, where visual tokens
+    are patches; paths: of images, in the connector. Each is empty if the model has no such experts. adapters: of samples, by
+    task, at the LoRA experts of the language model; None if it has none.
     """
 
     def __init__(self, model: PreTrainedModel, processor: ProcessorMixin, *, num_examples: int = 12) -> None:
         self.statistics = RoutingStatistics()
         self.examples = ExampleStore(limit=num_examples)
         self.paths = PathStatistics()
+        settings = model.config.adapter_settings
+        self.adapters = (
+            AdapterStatistics(gating=settings.gating, has_universal=settings.has_universal)
+            if isinstance(settings, MoCLESettings)
+            else None
+        )
         self._seen: set[bytes] = set()
         self._model = model
         self._processor = processor
@@ -76,7 +86,9 @@ class RoutingCollector:
             return
         self.statistics.update(trace, [share for item in answered for share in item.foreground])
         self.paths.update(trace, [item.task for item in answered for _ in item.foreground])
-        if not has_patch_tokens(self._model.config):
+        if self.adapters is not None:
+            self.adapters.update(trace, [item.task for item in answered])
+        if not (trace.of(LANGUAGE_MODEL) and has_patch_tokens(self._model.config)):
             return
         first_image = 0
         for item in answered:

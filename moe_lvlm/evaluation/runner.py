@@ -9,13 +9,17 @@ from pathlib import Path
 
 import torch
 
-from moe_lvlm.config.recipe import TaskSettings
+from moe_lvlm.analysis.run_folder import TRAINING_DATA
+from moe_lvlm.config.recipe import Recipe, TaskSettings
+from moe_lvlm.data.clustering import recipe_sources
 from moe_lvlm.evaluation.generation import generate_answers, progress_bar
 from moe_lvlm.evaluation.loaded import LoadedRun, load_run, run_recipe
 from moe_lvlm.evaluation.metrics import METRICS, Outcome, TaskScore, score_set
 from moe_lvlm.evaluation.questions import Question, check_scores_apart, read_questions, select_sets
 from moe_lvlm.evaluation.results import (
+    ADAPTERS,
     EXAMPLES,
+    INSTRUCTIONS,
     PATHS,
     PREDICTIONS,
     ROUTING,
@@ -31,7 +35,7 @@ from moe_lvlm.evaluation.routing import (
     foreground_of,
     has_patch_tokens,
 )
-from moe_lvlm.moe.upcycle import moe_layers
+from moe_lvlm.evaluation.training_sample import route_training_data
 
 # Prompts are made, images and all, for so many batches at a time: enough to sort by length, and a bound on memory.
 BATCHES_AT_ONCE = 16
@@ -48,13 +52,14 @@ def evaluate(
 ) -> dict[str, dict[str, float | int]]:
     """Answer the questions of a run's evaluation sets and score the answers.
 
-    Writes predictions.jsonl into eval/<set>/, routing.npz and examples.npz of routed tokens and paths.json of a
-    connector's experts beside it, and the scores into metrics.json (scores of tasks that were not evaluated stay), and
-    prints a table.
+    Writes predictions.jsonl into eval/<set>/, routing.npz and examples.npz of routed tokens, paths.json of a connector's
+    experts and adapters.json of LoRA experts beside it, and the scores into metrics.json (scores of tasks that were not
+    evaluated stay), and prints a table. Of LoRA experts a sample of the training data is routed, too.
 
     Args:
         run: the run's folder.
-        limit: the first so many records of each set, in place of the recipe's limit.
+        limit: the first so many records of each set, in place of the recipe's limit; at most so many of each dataset of
+            the training data.
         batch_size: in place of the recipe's.
         device: None is a GPU if there is one.
         dtype: float32 (None) or bfloat16.
@@ -84,6 +89,8 @@ def evaluate(
         scores |= found
     print_scores(scores)
     print(f"scores: {folder / 'metrics.json'}; answers: {folder / 'eval'}")
+    # last: scores are there, whatever has become of the training data since
+    _write_training_data(loaded, recipe, evaluation_folder(folder, TRAINING_DATA), batch_size=size, limit=limit)
     return {task: score.to_dict() for task, score in scores.items()}
 
 
@@ -92,8 +99,7 @@ def _evaluate_set(
 ) -> dict[str, TaskScore]:
     """Answer and score one set, and write its predictions and its routing."""
     model = loaded.model
-    is_routed = bool(moe_layers(model)) or model.config.expert_settings is not None
-    collector = RoutingCollector(model, loaded.processor) if is_routed else None
+    collector = RoutingCollector(model, loaded.processor) if model.config.is_routed else None
     predictions: list[str] = []
     with progress_bar(task.name, len(questions)) as advance:
         for start in range(0, len(questions), BATCHES_AT_ONCE * batch_size):
@@ -137,7 +143,9 @@ def _prepare(loaded: LoadedRun, question: Question) -> Answered:
     images = question.load_images()
     mask = question.load_mask(images)
     with question.faults():
-        prompt = loaded.builder.prompt(question.turns, images, connector_words=question.connector_words)
+        prompt = loaded.builder.prompt(
+            question.turns, images, connector_words=question.connector_words, dataset=question.source.name
+        )
     processor = loaded.processor
     foreground: ForegroundByImage = [None] * len(images)
     if mask is not None and has_patch_tokens(loaded.model.config):
@@ -167,16 +175,39 @@ def _prediction(question: Question, prediction: str, credit: float) -> dict[str,
     }
 
 
+def _write_training_data(
+    loaded: LoadedRun, recipe: Recipe, folder: Path, *, batch_size: int, limit: int | None
+) -> None:
+    """What LoRA experts do with a sample of the training data; without them files of an earlier evaluation go."""
+    if not loaded.model.config.has_gated_adapter:
+        for name in (ADAPTERS, INSTRUCTIONS):
+            (folder / name).unlink(missing_ok=True)
+        return
+    with progress_bar("training data", len(recipe_sources(recipe))) as advance:
+        sample, adapters = route_training_data(loaded, recipe, batch_size=batch_size, limit=limit, advance=advance)
+    with replaced_path(folder / INSTRUCTIONS) as path:
+        sample.save(path)
+    with replaced_path(folder / ADAPTERS) as path:
+        adapters.save(path)
+    for name, reason in sample.left_out.items():
+        print(f"training data: {name} left out of the LoRA experts' statistics: {reason}")
+
+
 def _write_routing(folder: Path, collector: RoutingCollector | None) -> None:
     """Of a dense model there is none; files of an earlier evaluation go then, since they tell of another model."""
     if collector is None:
-        for name in (ROUTING, EXAMPLES, PATHS):
+        for name in (ROUTING, EXAMPLES, PATHS, ADAPTERS):
             (folder / name).unlink(missing_ok=True)
         return
     with replaced_path(folder / ROUTING) as path:
         collector.statistics.to_npz(path)
     with replaced_path(folder / EXAMPLES) as path:
         collector.examples.to_npz(path)
+    if collector.adapters is None:
+        (folder / ADAPTERS).unlink(missing_ok=True)
+    else:
+        with replaced_path(folder / ADAPTERS) as path:
+            collector.adapters.save(path)
     if not len(collector.paths):
         (folder / PATHS).unlink(missing_ok=True)
         return

@@ -22,6 +22,7 @@ def derive_context(
     is_cached: bool = False,
     instruction_mask: Tensor | None = None,
     cluster_ids: Tensor | None = None,
+    dataset_ids: Tensor | None = None,
     prompt: Mapping[Site, RoutingDecision] | None = None,
 ) -> RoutingContext:
     """Modality, image and sample of every position of one call of the model.
@@ -31,7 +32,7 @@ def derive_context(
     is_cached: the call goes on after cached positions, whose modality was fixed at prefill; its tokens are language,
         whatever token was generated.
     instruction_mask: [B, S of the prompt], 1 at the user's words; tokens after the prompt are none of them.
-    cluster_ids: [B], the cluster of each row's instruction. prompt: what was decided for whole samples at the prompt.
+    cluster_ids, dataset_ids: [B], the cluster of each row's instruction, and the index of its dataset. prompt: what was decided for whole samples at the prompt.
 
     Raises:
         ValueError: a mask or an instruction mask of another shape, image tokens without an image, or that do not divide among the images.
@@ -65,6 +66,8 @@ def derive_context(
         num_samples=batch,
         instruction_BS=_instruction(instruction_mask, is_token_BS, is_cached=is_cached),
         cluster_N=cluster_ids,
+        dataset_N=dataset_ids,
+        is_packed=False,
         prompt=prompt,
     )
 

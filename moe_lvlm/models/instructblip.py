@@ -11,23 +11,31 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import InstructBlipForConditionalGeneration, InstructBlipQFormerModel, PreTrainedModel
+from transformers import (
+    GenerationMixin,
+    InstructBlipForConditionalGeneration,
+    InstructBlipQFormerModel,
+    PreTrainedModel,
+)
+from transformers.cache_utils import Cache
 from transformers.models.instructblip.modeling_instructblip import (
     BaseModelOutputWithVisionQformerOutputs,
     InstructBlipForConditionalGenerationModelOutput,
 )
 from transformers.utils import can_return_tuple
 
+from moe_lvlm.adapters.attach import attach
+from moe_lvlm.adapters.table import look_up
 from moe_lvlm.connectors.connector import ConnectorInputs, query
-from moe_lvlm.connectors.qmoe import QMoEModel
 from moe_lvlm.connectors.upcycle import upcycle_qformer
 from moe_lvlm.models.connectors import blank_inputs, connector_inputs, connector_loss
 from moe_lvlm.models.context import derive_context
 from moe_lvlm.models.images import blank_image
 from moe_lvlm.models.instructblip_config import MoEInstructBlipConfig
 from moe_lvlm.models.language_loss import Losses, language_loss, sum_losses
+from moe_lvlm.models.prompt_routing import PromptRoutingMixin, prompt_decisions
 from moe_lvlm.routing.trace import RoutingTrace
-from moe_lvlm.routing.types import RoutingContext
+from moe_lvlm.routing.types import RoutingContext, RoutingDecision, Site
 
 
 @dataclass
@@ -36,16 +44,21 @@ class MoEInstructBlipOutput(InstructBlipForConditionalGenerationModelOutput):
 
     loss: language_loss plus balance_loss. language_loss, balance_loss (the importance loss times its coefficient):
     scalars, None where there is none.
-    routing: the trace of the connector's decisions, if it was asked for.
+    routing: the trace of all routing decisions, if it was asked for.
+    past_key_values, prompt_routing: what a call that goes on from this one takes over (`MoELlavaOutput`); of decoder-only
+    language models.
     """
 
     language_loss: Tensor | None = None
     balance_loss: Tensor | None = None
     routing: RoutingTrace | None = None
+    past_key_values: Cache | None = None
+    prompt_routing: dict[Site, RoutingDecision] | None = None
 
 
-class MoEInstructBlipForConditionalGeneration(InstructBlipForConditionalGeneration):
-    """Vision model, Q-Former or Q-MoE, and a dense language model; parameters have InstructBLIP's names.
+class MoEInstructBlipForConditionalGeneration(PromptRoutingMixin, InstructBlipForConditionalGeneration):
+    """Vision model, Q-Former or Q-MoE, and a dense language model, which may hold adapters (`config.adapter`) if it is
+    decoder-only; parameters have InstructBLIP's names.
 
     In training the parts run in the same order whatever a batch holds: without an image, on a blank one whose visual
     tokens are added times 0 and whose decisions count nowhere.
@@ -53,12 +66,15 @@ class MoEInstructBlipForConditionalGeneration(InstructBlipForConditionalGenerati
 
     config: MoEInstructBlipConfig
     config_class = MoEInstructBlipConfig
+    main_input_name = "input_ids"
     qformer: InstructBlipQFormerModel
 
     def __init__(self, config: MoEInstructBlipConfig) -> None:
         super().__init__(config)
         if (settings := config.expert_settings) is not None:
             self.qformer = upcycle_qformer(self.qformer, settings)
+        if (adapter := config.adapter_settings) is not None:
+            attach(self.get_decoder(), adapter)
 
     def tie_weights(self, **kwargs: Any) -> None:
         """The language model's own ties; nothing else is tied."""
@@ -80,6 +96,13 @@ class MoEInstructBlipForConditionalGeneration(InstructBlipForConditionalGenerati
         output_routing: bool = False,
         num_items_in_batch: Tensor | None = None,
         use_cache: bool | None = None,
+        inputs_embeds: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        instruction_mask: Tensor | None = None,
+        cluster_ids: Tensor | None = None,
+        dataset_ids: Tensor | None = None,
+        prompt_routing: dict[Site, RoutingDecision] | None = None,
         **kwargs: Any,
     ) -> MoEInstructBlipOutput:
         """One pass over [B, S] tokens.
@@ -90,16 +113,34 @@ class MoEInstructBlipForConditionalGeneration(InstructBlipForConditionalGenerati
         shifted, -100 where there is no loss. decoder_input_ids: [B, answer], made of the labels if absent, or the start.
         routing: facts about the tokens, derived if absent. output_routing: give the trace back.
         num_items_in_batch: divisor of the summed token losses; None means the supervised tokens of this call.
+        inputs_embeds: [B, S, L] of these input_ids, images in them, if they are there already. position_ids,
+        past_key_values: of a decoder-only language model. instruction_mask, cluster_ids, dataset_ids, prompt_routing: as
+        in `MoELlavaForConditionalGeneration.forward`, for gates of adapters.
 
         Raises:
             ValueError: no input_ids, or images without words for the Q-Former.
         """
         if input_ids is None:
             raise ValueError("input_ids are needed: they say where the images stand")
-        trace = self._open_trace(input_ids, attention_mask, pixel_values, routing)
-        inputs_embeds = self._embed(input_ids, pixel_values, qformer_input_ids, qformer_attention_mask, trace)
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
+        is_cached = past_key_values is not None and past_key_values.get_seq_length() > 0
+        if routing is None and self.config.is_routed:
+            routing = derive_context(
+                input_ids,
+                attention_mask=attention_mask,
+                image_token_id=self.config.image_token_id,
+                num_images=self._count_images(input_ids, pixel_values, inputs_embeds),
+                is_cached=is_cached,
+                instruction_mask=instruction_mask,
+                cluster_ids=cluster_ids,
+                dataset_ids=dataset_ids,
+                prompt=prompt_routing,
+            )
+        trace = self._open_trace(routing)
+        if inputs_embeds is None:
+            if is_cached:
+                inputs_embeds = self.get_input_embeddings()(input_ids)
+            else:
+                inputs_embeds = self._embed(input_ids, pixel_values, qformer_input_ids, qformer_attention_mask, trace)
         if self.config.is_answer_apart:
             output = self.language_model(
                 inputs_embeds=inputs_embeds,
@@ -112,9 +153,12 @@ class MoEInstructBlipForConditionalGeneration(InstructBlipForConditionalGenerati
             output = self.language_model(
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
                 use_cache=use_cache,
                 logits_to_keep=logits_to_keep,
                 return_dict=True,
+                **self._for_gates(trace),
             )
         losses = Losses()
         if labels is not None:
@@ -130,6 +174,8 @@ class MoEInstructBlipForConditionalGeneration(InstructBlipForConditionalGenerati
             language_loss=losses.language,
             balance_loss=losses.balance,
             routing=trace if output_routing else None,
+            past_key_values=output.past_key_values,
+            prompt_routing=prompt_decisions(trace, is_cached=output.past_key_values is not None),
         )
 
     @can_return_tuple
@@ -170,7 +216,8 @@ class MoEInstructBlipForConditionalGeneration(InstructBlipForConditionalGenerati
         **kwargs: Any,
     ) -> Tensor:
         """Token ids as `generate` of the language model gives them: decoder-only [B, S + new], encoder-decoder
-        [B, 1 + new], the start first. Arguments as in `forward`; kwargs are the language model's.
+        [B, 1 + new], the start first. Arguments as in `forward`; kwargs are the language model's, and what gates of
+        adapters ask about the prompt.
 
         Raises:
             ValueError: no input_ids, or images without words for the Q-Former.
@@ -181,32 +228,47 @@ class MoEInstructBlipForConditionalGeneration(InstructBlipForConditionalGenerati
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         given = {} if self.config.is_answer_apart else {"input_ids": input_ids}
+        if self.config.has_gated_adapter:
+            # Each step comes by `forward`, which tells the gates what they ask.
+            kwargs.setdefault("generation_config", self.language_model.generation_config)
+            return GenerationMixin.generate(
+                self, inputs_embeds=inputs_embeds, attention_mask=attention_mask, **given, **kwargs
+            )
         return self.language_model.generate(
             inputs_embeds=inputs_embeds, attention_mask=attention_mask, **given, **kwargs
         )
+
+    def prepare_inputs_for_generation(
+        self, input_ids: Tensor, *args: Any, inputs_embeds: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """As transformers does it, with the ids of the prompt beside its embeddings."""
+        inputs = super().prepare_inputs_for_generation(input_ids, *args, inputs_embeds=inputs_embeds, **kwargs)
+        if inputs.get("inputs_embeds") is not None:
+            inputs["input_ids"] = input_ids
+        return inputs
 
     def checkpointed_modules(self) -> Iterator[PreTrainedModel]:
         """What gradient checkpointing is for: the parts that gradients pass."""
         yield from (self.qformer, self.language_model)
 
-    def _open_trace(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        pixel_values: Tensor | None,
-        routing: RoutingContext | None,
-    ) -> RoutingTrace | None:
-        """A plain Q-Former routes nothing."""
-        if not isinstance(self.qformer, QMoEModel):
+    def _count_images(self, input_ids: Tensor, pixel_values: Tensor | None, inputs_embeds: Tensor | None) -> int:
+        if pixel_values is not None:
+            return pixel_values.shape[0]
+        if inputs_embeds is None:
+            return 0
+        return int((input_ids == self.config.image_token_id).sum()) // self.config.num_query_tokens
+
+    def _open_trace(self, routing: RoutingContext | None) -> RoutingTrace | None:
+        """None where nothing is routed: a plain Q-Former, and no gates of adapters."""
+        if routing is None or not self.config.is_routed:
             return None
-        if routing is None:
-            routing = derive_context(
-                input_ids,
-                attention_mask=attention_mask,
-                image_token_id=self.config.image_token_id,
-                num_images=0 if pixel_values is None else pixel_values.shape[0],
-            )
-        return RoutingTrace(routing)
+        return RoutingTrace(look_up(self.get_decoder(), routing) if self.config.has_gated_adapter else routing)
+
+    def _for_gates(self, trace: RoutingTrace | None) -> dict[str, Any]:
+        """What the language model's layers are told; one without gates takes no such arguments."""
+        if trace is None or not self.config.has_gated_adapter:
+            return {}
+        return {"routing": trace.context, "routing_trace": trace}
 
     def _embed(
         self,

@@ -22,6 +22,8 @@ from transformers.cache_utils import Cache
 from transformers.models.llava.modeling_llava import LlavaCausalLMOutputWithPast, LlavaPreTrainedModel
 from transformers.utils import can_return_tuple
 
+from moe_lvlm.adapters.attach import attach
+from moe_lvlm.adapters.table import look_up
 from moe_lvlm.connectors.connector import ConnectorInputs, QFormerConnector
 from moe_lvlm.connectors.upcycle import upcycle_qformer
 from moe_lvlm.models.config import MoELlavaConfig
@@ -29,6 +31,7 @@ from moe_lvlm.models.connectors import blank_inputs, connector_inputs, connector
 from moe_lvlm.models.context import derive_context
 from moe_lvlm.models.images import blank_image
 from moe_lvlm.models.language_loss import Losses, language_loss, sum_losses
+from moe_lvlm.models.prompt_routing import PromptRoutingMixin, prompt_decisions
 from moe_lvlm.moe.experts import Experts
 from moe_lvlm.moe.upcycle import upcycle_decoder
 from moe_lvlm.routing.gates import Gate
@@ -154,8 +157,9 @@ class MoELlavaModel(LlavaModel):
         return output
 
 
-class MoELlavaForConditionalGeneration(LlavaForConditionalGeneration):
-    """Vision tower, projector, and a language model whose FFNs may be mixtures of experts (`config.moe`).
+class MoELlavaForConditionalGeneration(PromptRoutingMixin, LlavaForConditionalGeneration):
+    """Vision tower, projector, and a language model whose FFNs may be mixtures of experts (`config.moe`), and that may
+    hold adapters (`config.adapter`).
 
     The routing context is an explicit argument; without one it is derived from input_ids and attention_mask, so that
     `generate()` needs nothing of ours. Each call has a trace of its own; losses are computed from it.
@@ -171,6 +175,8 @@ class MoELlavaForConditionalGeneration(LlavaForConditionalGeneration):
         self.lm_head = nn.Linear(text.hidden_size, text.vocab_size, bias=config.language_head_bias)
         if (moe := config.moe_config) is not None:
             upcycle_decoder(self.model.language_model, moe)
+        if (adapter := config.adapter_settings) is not None:
+            attach(self.model.language_model, adapter)
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -205,6 +211,7 @@ class MoELlavaForConditionalGeneration(LlavaForConditionalGeneration):
         output_routing: bool = False,
         instruction_mask: Tensor | None = None,
         cluster_ids: Tensor | None = None,
+        dataset_ids: Tensor | None = None,
         prompt_routing: dict[Site, RoutingDecision] | None = None,
         qformer_input_ids: Tensor | None = None,
         qformer_attention_mask: Tensor | None = None,
@@ -215,8 +222,8 @@ class MoELlavaForConditionalGeneration(LlavaForConditionalGeneration):
 
         pixel_values: [I, C, H, W], images in the order of their marks. labels: [B, S], -100 where there is no loss.
         routing: facts about the tokens, derived if absent. output_routing: give the trace back.
-        instruction_mask: [B, S of the prompt], 1 at the user's words, and cluster_ids: [B], for routers that want to
-        know, where no `routing` is given. prompt_routing: of an earlier call from whose cache this one goes on.
+        instruction_mask: [B, S of the prompt], 1 at the user's words, cluster_ids and dataset_ids: [B], for routers and
+        gates that want to know, where no `routing` is given. prompt_routing: of an earlier call from whose cache this one goes on.
         qformer_input_ids, qformer_attention_mask: [I, words], what a Q-Former connector reads beside each image.
         num_items_in_batch: divisor of the summed token losses; None means the supervised tokens of this call.
 
@@ -224,7 +231,7 @@ class MoELlavaForConditionalGeneration(LlavaForConditionalGeneration):
             ValueError: a sparse model got inputs_embeds without a routing context, or a Q-Former images without words.
         """
         # A model without experts routes nothing.
-        is_routed = self.config.moe is not None or self.config.experts is not None
+        is_routed = self.config.is_routed
         if routing is None and is_routed:
             if input_ids is None:
                 raise ValueError("a sparse model needs input_ids, or a routing context beside inputs_embeds")
@@ -236,9 +243,10 @@ class MoELlavaForConditionalGeneration(LlavaForConditionalGeneration):
                 is_cached=past_key_values is not None and past_key_values.get_seq_length() > 0,
                 instruction_mask=instruction_mask,
                 cluster_ids=cluster_ids,
+                dataset_ids=dataset_ids,
                 prompt=prompt_routing,
             )
-        trace = None if routing is None or not is_routed else RoutingTrace(routing)
+        trace = RoutingTrace(look_up(self.model.language_model, routing)) if routing is not None and is_routed else None
         if trace is not None:
             kwargs |= {"routing": trace.context, "routing_trace": trace}
         if self.config.qformer is not None:
@@ -275,17 +283,8 @@ class MoELlavaForConditionalGeneration(LlavaForConditionalGeneration):
             language_loss=losses.language,
             balance_loss=losses.balance,
             routing=trace if output_routing else None,
-            prompt_routing=None if trace is None or output.past_key_values is None else _of_whole_samples(trace),
+            prompt_routing=prompt_decisions(trace, is_cached=output.past_key_values is not None),
         )
-
-    def _update_model_kwargs_for_generation(
-        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> dict[str, Any]:
-        """Hand on what was decided at the prompt from step to step. Beams of one sample share it."""
-        updated = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
-        if outputs.prompt_routing is not None:
-            updated["prompt_routing"] = outputs.prompt_routing
-        return updated
 
     def checkpointed_modules(self) -> Iterator[PreTrainedModel]:
         """What gradient checkpointing is for: the parts that gradients pass."""
@@ -304,12 +303,6 @@ class MoELlavaForConditionalGeneration(LlavaForConditionalGeneration):
             losses.append(connector_loss(trace, self.model.connector.qformer))
         found = [loss for loss in losses if loss is not None]
         return torch.stack([loss.to(found[0].device) for loss in found]).sum() if found else None
-
-
-def _of_whole_samples(trace: RoutingTrace) -> dict[Site, RoutingDecision] | None:
-    """The trace's decisions for whole samples, out of the graph."""
-    found = {site: decision.detach() for site, decision in trace.items() if decision.level == "sample"}
-    return found or None
 
 
 def _count_images(pixel_values: Tensor | None, mm_encoder_outputs: dict[str, Any] | None) -> int:

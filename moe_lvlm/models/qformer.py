@@ -16,7 +16,7 @@ from moe_lvlm.connectors.connector import QFormerConnector
 from moe_lvlm.connectors.upcycle import upcycle_qformer
 from moe_lvlm.data.packs import resolve
 from moe_lvlm.models.blip import blip_config, is_blip, open_blip
-from moe_lvlm.models.config import MoELlavaConfig
+from moe_lvlm.models.config import MoELlavaConfig, with_fields
 from moe_lvlm.models.instructblip_config import MoEInstructBlipConfig, VLMConfig
 from moe_lvlm.models.weights import fill_from
 
@@ -108,7 +108,7 @@ def with_connector(config: VLMConfig, settings: ModelSettings) -> VLMConfig:
                     f"model.connector.experts.{name}: {getattr(wanted.experts, name)}, but {where} has "
                     f"{getattr(there, name)}; allowed: that (experts are there already)"
                 )
-    return config.with_experts(wanted.experts)
+    return with_fields(config, experts=wanted.experts.model_dump(mode="json"))
 
 
 def load_qformer(settings: QFormerConnectorSettings, config: MoELlavaConfig, *, dtype: torch.dtype) -> QFormerConnector:

@@ -5,7 +5,7 @@ A sparse model can be filled from a dense one: its experts are then cut from the
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Protocol
 
 import torch
@@ -68,16 +68,19 @@ def load_weights(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     router_seed: int = 0,
+    new: Collection[str] = (),
 ) -> None:
     """Fill every parameter and persistent buffer of `model` from `source`.
 
     router_seed: where the routers start when the source is dense and has none; the same on every rank.
+    new: names of parameters that the source has not; they get memory, and the caller gives them their values.
 
     Raises:
         ValueError: a tensor that is missing, has another shape, or that the model has no place for. Nothing is left
             at random.
     """
     reader = _Reader(model, source, torch.device(device), dtype)
+    reader.make_room(new)
     reader.fill_sparse_layers(router_seed)
     reader.fill_rest()
     reader.check_nothing_is_left()
@@ -118,6 +121,15 @@ class _Reader:
         self.tied = dict(model.all_tied_weights_keys or {})
         self.read_names: set[str] = set()
         self.filled: set[str] = set()
+
+    def make_room(self, names: Collection[str]) -> None:
+        """Memory for parameters that are not read."""
+        for name in names:
+            owner, _, leaf = name.rpartition(".")
+            module = self.model.get_submodule(owner)
+            shape = module.get_parameter(leaf).shape
+            replace_parameter(module, leaf, torch.empty(shape, device=self.device, dtype=self.dtype))
+            self.filled.add(name)
 
     def _read(self, name: str, start: int | None = None, stop: int | None = None) -> Tensor:
         if name not in self.available:

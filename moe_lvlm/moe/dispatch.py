@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_lvlm.moe.types import ExpertRows
+from moe_lvlm.moe.types import ExpertRows, LoRAChoice
 from moe_lvlm.routing.types import RoutingDecision
 
 
@@ -55,8 +55,10 @@ class Dispatcher(ABC):
     """Moves rows to experts and back; never drops one."""
 
     @abstractmethod
-    def dispatch(self, x_TD: Tensor, decision: RoutingDecision) -> tuple[ExpertRows, Route]:
-        """Rows for the experts held here, sorted by expert."""
+    def dispatch(
+        self, x_TD: Tensor, decision: RoutingDecision, lora: LoRAChoice | None = None
+    ) -> tuple[ExpertRows, Route]:
+        """Rows for the experts held here, sorted by expert. lora: each token's choice, which goes with its rows."""
 
     @abstractmethod
     def combine(self, y_RD: Tensor, route: Route) -> Tensor:
@@ -66,13 +68,16 @@ class Dispatcher(ABC):
 class LocalDispatcher(Dispatcher):
     """All experts are here."""
 
-    def dispatch(self, x_TD: Tensor, decision: RoutingDecision) -> tuple[ExpertRows, Route]:
+    def dispatch(
+        self, x_TD: Tensor, decision: RoutingDecision, lora: LoRAChoice | None = None
+    ) -> tuple[ExpertRows, Route]:
         assignments = sort_assignments(decision)
         rows = ExpertRows(
             x_TD.index_select(0, assignments.token_A),
             decision.weights_RK[assignments.token_A, assignments.slot_A],
             tuple(assignments.counts_E.tolist()),
             probe_R=_of_assignments(decision.probe_RK, assignments),
+            lora=None if lora is None else _of_tokens(lora, assignments),
         )
         return rows, Route(assignments, x_TD.shape[0], x_TD.dtype)
 
@@ -91,7 +96,9 @@ class AllToAllDispatcher(Dispatcher):
         self.group = group
         self.size = dist.get_world_size(group)
 
-    def dispatch(self, x_TD: Tensor, decision: RoutingDecision) -> tuple[ExpertRows, Route]:
+    def dispatch(
+        self, x_TD: Tensor, decision: RoutingDecision, lora: LoRAChoice | None = None
+    ) -> tuple[ExpertRows, Route]:
         assignments = sort_assignments(decision)
         num_local = assignments.counts_E.numel() // self.size
         received_counts = torch.empty_like(assignments.counts_E)
@@ -109,6 +116,12 @@ class AllToAllDispatcher(Dispatcher):
         arrived_RD = _exchange(sorted_AD, self.group, send, receive)
         arrived_weights_R = _exchange(weights_A, self.group, send, receive)
         arrived_probe_R = None if probe_A is None else _exchange(probe_A, self.group, send, receive)
+        arrived_lora = None
+        if lora is not None:
+            ids_AC, gates_AC = _of_tokens(lora, assignments)
+            arrived_lora = LoRAChoice(
+                _all_to_all(ids_AC, self.group, send, receive), _exchange(gates_AC, self.group, send, receive)
+            )
 
         # Rows arrive by rank, then by expert; experts want them by expert alone.
         expert_R = torch.arange(num_local, device=x_TD.device).repeat(self.size)
@@ -120,6 +133,7 @@ class AllToAllDispatcher(Dispatcher):
             local_counts,
             counts_by_source,
             None if arrived_probe_R is None else arrived_probe_R.index_select(0, order_R),
+            None if arrived_lora is None else LoRAChoice(*(value.index_select(0, order_R) for value in arrived_lora)),
         )
         unsort_R = torch.empty_like(order_R)
         unsort_R[order_R] = torch.arange(order_R.numel(), device=x_TD.device)
@@ -133,6 +147,11 @@ class AllToAllDispatcher(Dispatcher):
 
 def _of_assignments(values_TK: Tensor | None, assignments: Assignments) -> Tensor | None:
     return None if values_TK is None else values_TK[assignments.token_A, assignments.slot_A]
+
+
+def _of_tokens(lora: LoRAChoice, assignments: Assignments) -> LoRAChoice:
+    """The choice of each assignment's token."""
+    return LoRAChoice(*(value.index_select(0, assignments.token_A) for value in lora))
 
 
 def _sum_by_token(y_AD: Tensor, route: Route) -> Tensor:

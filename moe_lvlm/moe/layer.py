@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from moe_lvlm.moe.dispatch import Dispatcher, LocalDispatcher
 from moe_lvlm.moe.experts import Experts
+from moe_lvlm.moe.types import ExpertAdapters
 from moe_lvlm.routing.router import Router
 from moe_lvlm.routing.trace import RoutingTrace
 from moe_lvlm.routing.types import RoutingContext, Site
@@ -19,7 +20,11 @@ class MoELayer(nn.Module):
 
     shared_experts: dense FFNs that every token passes with weight 1, or None.
     site: where the layer's decisions go in the trace.
+    adapters: low-rank adapters on the experts' own matrices, or None; a module beside the experts, so that these hold
+        what they always held.
     """
+
+    adapters: ExpertAdapters | None
 
     def __init__(
         self,
@@ -29,11 +34,13 @@ class MoELayer(nn.Module):
         site: Site,
         shared_experts: nn.ModuleList | None = None,
         dispatcher: Dispatcher | None = None,
+        adapters: ExpertAdapters | None = None,
     ) -> None:
         nn.Module.__init__(self)
         self.router = router
         self.experts = experts
         self.shared_experts = shared_experts
+        self.adapters = adapters
         self.site = site
         self.dispatcher = dispatcher or LocalDispatcher()
 
@@ -54,9 +61,14 @@ class MoELayer(nn.Module):
         decision = self.router(x_TD, context) if earlier is None else earlier
         if trace is not None:
             trace.record(self.site, decision)
-        rows, route = self.dispatcher.dispatch(x_TD, decision.by_token(context))
-        out_TD = self.dispatcher.combine(self.experts(rows), route)
+        lora = None if self.adapters is None else self.adapters.choose(x_TD)
+        rows, route = self.dispatcher.dispatch(x_TD, decision.by_token(context), lora)
+        out_TD = self.dispatcher.combine(self.experts(rows, self.adapters), route)
         if self.shared_experts is not None:
             for expert in self.shared_experts:
                 out_TD = out_TD + expert(x_TD)
         return out_TD.view_as(x_BSD)
+
+    def held_by_expert(self) -> list[nn.Module]:
+        """Modules whose own parameters, not their children's, have a row an expert: the experts, and adapters on them."""
+        return [self.experts, *(() if self.adapters is None else self.adapters.children())]

@@ -7,6 +7,7 @@ parameters. The contract is private, so DeepSpeed is pinned to one version and a
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import deepspeed
@@ -53,6 +54,7 @@ class SharedOutMoELayer(MoELayer):
             site=layer.site,
             shared_experts=layer.shared_experts,
             dispatcher=AllToAllDispatcher(group),
+            adapters=layer.adapters,
         )
         # What DeepSpeed's engine reads of an expert-parallel layer
         self.ep_group_name = group_name
@@ -74,16 +76,17 @@ class SharedOutMoELayer(MoELayer):
         """Keep this rank's experts only; meta tensors stay meta tensors."""
         start = self.ep_rank * self.num_local_experts
         held = ExpertSlice(start, start + self.num_local_experts, self.num_experts)
-        for name, stack in list(self.experts.named_parameters()):
-            share = nn.Parameter(stack.detach()[held.start : held.stop].clone(), requires_grad=stack.requires_grad)
-            _mark(share, expert_slice=held)
-            self.experts._parameters[name] = share
+        for module in self.held_by_expert():
+            for name, stack in list(module.named_parameters(recurse=False)):
+                share = nn.Parameter(stack.detach()[held.start : held.stop].clone(), requires_grad=stack.requires_grad)
+                _mark(share, expert_slice=held)
+                module._parameters[name] = share
         self.experts.num_experts = self.num_local_experts
 
     def _mark_parameters(self) -> None:
         for parameter in self.parameters():
             _mark(parameter, allreduce=True, ds_zero_placement_family="replicated")
-        for parameter in self.experts.parameters():
+        for parameter in _expert_parameters(self):
             _mark(
                 parameter,
                 allreduce=False,
@@ -148,7 +151,7 @@ def bind_expert_parallel(model: nn.Module, expert_parallel_size: int, *, zero_st
     group_name = f"ep_size_{expert_parallel_size}"
     if group_name not in groups._get_expert_parallel_group_dict():
         groups._create_expert_and_data_parallel(expert_parallel_size)
-    is_trained = any(p.requires_grad for _, layer in layers for p in layer.experts.parameters())
+    is_trained = any(p.requires_grad for _, layer in layers for p in _expert_parameters(layer))
     layer_class = ExpertParallelMoELayer if is_trained or zero_stage >= 3 else SharedOutMoELayer
     for name, layer in layers:
         owner, _, leaf = name.rpartition(".")
@@ -162,6 +165,12 @@ def check_deepspeed_version() -> None:
             f"deepspeed {deepspeed.__version__} is installed; expert parallelism is written against the private "
             f"contract of {DEEPSPEED_VERSION}: install that version"
         )
+
+
+def _expert_parameters(layer: MoELayer) -> Iterator[nn.Parameter]:
+    """What is spread over the ranks: the experts' parameters, and those of adapters on them."""
+    for module in layer.held_by_expert():
+        yield from module.parameters(recurse=False)
 
 
 def _mark(parameter: nn.Parameter, **marks: Any) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from moe_lvlm.config.moe import BalanceSettings, ModalityGroupRouterSettings, MoEConfig, TaskRouterSettings
 from moe_lvlm.routing.task import task_loss
 from moe_lvlm.routing.trace import RoutingTrace
-from moe_lvlm.routing.types import CONNECTOR, Modality, RoutingContext, RoutingDecision
+from moe_lvlm.routing.types import LANGUAGE_MODEL, Modality, RoutingContext, RoutingDecision
 
 
 def balance_loss(
@@ -95,8 +95,8 @@ def _group_balance(
 
 def auxiliary_loss(trace: RoutingTrace, config: MoEConfig) -> Tensor | None:
     """The auxiliary losses of all MoE layers, summed; None if no layer made a decision. Connectors have losses of their
-    own (`connectors.importance`)."""
-    decisions = [decision for site, decision in trace.items() if site.part != CONNECTOR]
+    own (`connectors.importance`), adapters none."""
+    decisions = [decision for _, decision in trace.of(LANGUAGE_MODEL)]
     if not decisions:
         return None
     context = trace.context

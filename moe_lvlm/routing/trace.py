@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 from moe_lvlm.routing.types import RoutingContext, RoutingDecision, Site
 
@@ -41,7 +42,9 @@ class RoutingTrace:
 
     def detach(self) -> RoutingTrace:
         """The same record outside the graph, for statistics after the backward pass."""
-        detached = RoutingTrace(self.context)
+        embedding_NG = self.context.embedding_NG
+        facts = replace(self.context, embedding_NG=None if embedding_NG is None else embedding_NG.detach())
+        detached = RoutingTrace(facts)
         for site, decision in self._decisions.items():
             detached.record(site, decision.detach())
         return detached

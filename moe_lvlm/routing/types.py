@@ -1,6 +1,6 @@
 """What routers read and return.
 
-B batch   S sequence   N samples   T tokens (B x S, flattened once, in the MoE layer)   E experts
+B batch   S sequence   N samples   T tokens (B x S, flattened once, in the MoE layer)   E experts   G embedding
 R routed rows (tokens, or samples or images for routers of that level)   K slots a row
 """
 
@@ -47,10 +47,14 @@ class RoutingContext:
     instruction_BS: bool, tokens of the user's turns, or None if not known.
     task_N: int64, task of each sample, -1 where it has none; or None if not known.
     cluster_N: int64, its instruction cluster; or None if not known.
+    dataset_N: int64, index of its dataset in the mixture; or None if not known.
+    embedding_NG: rows of the adapters' table for each sample (at least one row), looked up once a forward pass
+        (`adapters.look_up`), so that ZeRO-3 gathers the table there and nowhere else; None where no adapter reads it.
     draw_N: int64, a number of the draw that brought the sample, the same however draws are batched and spread over
-        processes: what is random about a sample is drawn from it (`connectors.noise`). None if not known.
+        processes: what is random about a sample is drawn from it (`routing.noise`). None if not known.
     attention_BS: float32, how much the instruction attends to each token in the layer at hand, None where no router
         wants to know (LTDR's IAT). The one fact that differs between layers.
+    is_packed: whether a row of the batch may hold tokens of several samples; None where nobody looked.
     prompt: what was decided for each sample at each site when its prompt was read; None unless this call goes on after
         cached positions. Routers that decide for whole samples decide once.
     """
@@ -62,8 +66,11 @@ class RoutingContext:
     instruction_BS: Tensor | None = None
     task_N: Tensor | None = None
     cluster_N: Tensor | None = None
+    dataset_N: Tensor | None = None
+    embedding_NG: Tensor | None = None
     draw_N: Tensor | None = None
     attention_BS: Tensor | None = None
+    is_packed: bool | None = None
     prompt: Mapping[Site, RoutingDecision] | None = None
 
     @property
@@ -92,6 +99,8 @@ class RoutingContext:
             instruction_BS=move(self.instruction_BS),
             task_N=move(self.task_N),
             cluster_N=move(self.cluster_N),
+            dataset_N=move(self.dataset_N),
+            embedding_NG=move(self.embedding_NG),
             draw_N=move(self.draw_N),
         )
 

@@ -6,9 +6,12 @@ from pathlib import Path
 
 import torch
 
+from moe_lvlm.adapters import adapter_parameters
+from moe_lvlm.config.adapter import MoCLESettings
 from moe_lvlm.config.connector import QFormerConnectorSettings
 from moe_lvlm.config.recipe import ModelSettings, Recipe
 from moe_lvlm.data.mixture import open_clusters
+from moe_lvlm.models.adapt import attach_adapter, start_adapter
 from moe_lvlm.models.build import (
     VLM,
     build_config,
@@ -21,7 +24,7 @@ from moe_lvlm.models.build import (
     open_weights,
 )
 from moe_lvlm.models.clusters import start_clusters
-from moe_lvlm.models.config import MoELlavaConfig
+from moe_lvlm.models.config import MoELlavaConfig, with_fields
 from moe_lvlm.models.instructblip_config import VLMConfig
 from moe_lvlm.models.load import find_model, read_processor
 from moe_lvlm.models.processor import Processor
@@ -64,21 +67,31 @@ def build_stage_model(
                 torch.manual_seed(router_seed(recipe))
                 upcycle(model, recipe.moe)
             _start_clusters(model, recipe)
+        if _is_adapted_at(recipe, stage):
+            _attach_adapter(model, recipe)
+            _start_adapter(model, recipe)
         select_trainable(model, recipe.stages[stage].train)
         bind_expert_parallel(model, size, zero_stage=zero_stage)
         return model.to(device)
     config = config_of(folder) if checkpoint is not None else _whole_config(recipe.model)
     begins = not _is_of_stage(recipe, stage, checkpoint)
     if begins:
-        config = _begin_stage(recipe, stage, config)
+        config = _begin_upcycled(recipe, stage, config)
     config._attn_implementation = choose_attention(recipe.model.attention)
     model = build_empty(config)
+    is_new = begins and _is_adapted_at(recipe, stage)
+    if is_new:
+        _attach_adapter(model, recipe)
+    # What is trained decides how experts are spread, and adapters on experts are spread with them.
     select_trainable(model, recipe.stages[stage].train)
     bind_expert_parallel(model, size, zero_stage=zero_stage)
     source = open_weights(folder, text_from=_text_from(recipe.model))
-    load_weights(model, source, device=device, dtype=dtype, router_seed=router_seed(recipe))
+    new = adapter_parameters(model) if is_new else ()
+    load_weights(model, source, device=device, dtype=dtype, router_seed=router_seed(recipe), new=new)
     if begins and recipe.stages[stage].upcycle:
         _start_clusters(model, recipe)
+    if is_new:
+        _start_adapter(model, recipe)
     return model
 
 
@@ -116,6 +129,11 @@ def router_seed(recipe: Recipe) -> int:
     return recipe.seed + 1
 
 
+def adapter_seed(recipe: Recipe) -> int:
+    """Where new adapters are drawn from."""
+    return recipe.seed + 2
+
+
 def _start_clusters(model: VLM, recipe: Recipe) -> None:
     """Give new cluster routers the centres of the recipe's table. The plan has refused a recipe without one."""
     if recipe.moe.router.kind == "cluster":
@@ -124,12 +142,45 @@ def _start_clusters(model: VLM, recipe: Recipe) -> None:
         start_clusters(model, torch.from_numpy(table.centres_KW))
 
 
+def _is_adapted_at(recipe: Recipe, stage: int) -> bool:
+    """Whether the stage puts adapters into the model that it starts from."""
+    return recipe.model.adapter is not None and recipe.stages[stage].adapt
+
+
+def _attach_adapter(model: VLM, recipe: Recipe) -> None:
+    assert recipe.model.adapter is not None
+    attach_adapter(model, recipe.model.adapter)
+
+
+def _start_adapter(model: VLM, recipe: Recipe) -> None:
+    """Draw the adapters; gates by cluster, and by dataset where the table is one by dataset, begin at its centres."""
+    settings = recipe.model.adapter
+    assert settings is not None
+    is_gated_by_table = isinstance(settings, MoCLESettings) and settings.reads_table
+    table = open_clusters(recipe.data) if is_gated_by_table else None
+    centres_KG = None if table is None else torch.from_numpy(table.centres_KW)
+    start_adapter(model, settings, seed=adapter_seed(recipe), centres_KG=centres_KG)
+
+
 def _is_of_stage(recipe: Recipe, stage: int, checkpoint: Path | None) -> bool:
     return checkpoint is not None and checkpoint.name.rpartition("-")[0] == recipe.stages[stage].name
 
 
 def _begin_stage(recipe: Recipe, stage: int, config: VLMConfig) -> VLMConfig:
     """The configuration with which a stage trains, from that of the model it starts from."""
+    config = _begin_upcycled(recipe, stage, config)
+    if not recipe.stages[stage].adapt:
+        return config
+    assert recipe.model.adapter is not None, "the recipe has been checked"
+    if config.adapter is not None:
+        raise ValueError(
+            f"stage {recipe.stages[stage].name}: adapt: true, but the model it starts from has adapters already"
+        )
+    return with_fields(config, adapter=recipe.model.adapter.model_dump(mode="json"))
+
+
+def _begin_upcycled(recipe: Recipe, stage: int, config: VLMConfig) -> VLMConfig:
+    """The same but for new adapters, which the model gets when its weights are there."""
     if not recipe.stages[stage].upcycle:
         return config
     if not isinstance(config, MoELlavaConfig):

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from moe_lvlm.analysis.measures import site_of
-from moe_lvlm.routing.types import LANGUAGE_MODEL
+from moe_lvlm.routing.types import CONNECTOR, LANGUAGE_MODEL
 
 _SCALARS = ("loss", "language_loss", "balance_loss", "learning_rate", "grad_norm", "tokens_per_second")
 
@@ -131,12 +131,14 @@ def _number(value: Any) -> Any:
 
 
 def _load(values: dict[str, Any]) -> str:
-    """Share of the assignments that each expert took, over all layers and modalities, in per cent; of the language
-    model, or, where its experts are elsewhere only, of those."""
+    """Share of the assignments that each expert took, over all layers and modalities, in per cent: of the language
+    model's experts, where there are none of the connector's, else of the adapters', whose numbers may all differ."""
     loads = values.get("expert_load")
     if not loads:
         return ""
-    loads = {name: load for name, load in loads.items() if site_of(name).part == LANGUAGE_MODEL} or loads
+    parts = (LANGUAGE_MODEL, CONNECTOR)
+    places = {name: parts.index(part) if (part := site_of(name).part) in parts else len(parts) for name in loads}
+    loads = {name: load for name, load in loads.items() if places[name] == min(places.values())}
     totals = [sum(column) for column in zip(*(c for layer in loads.values() for c in layer.values()), strict=True)]
     whole = max(sum(totals), 1)
     return "  experts " + "/".join(f"{100 * total / whole:.0f}" for total in totals) + " %"

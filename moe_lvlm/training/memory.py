@@ -6,8 +6,9 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from moe_lvlm.adapters import adapter_parameters
 from moe_lvlm.models.weights import expert_slice
-from moe_lvlm.moe.experts import Experts
+from moe_lvlm.moe.upcycle import moe_layers
 
 # In LLaVA's names and in InstructBLIP's
 _PARTS = {
@@ -50,11 +51,18 @@ def parameter_table(model: nn.Module) -> list[ParameterGroup]:
 
     Works on meta tensors, and on a process's share under expert parallelism, but not on what ZeRO-3 has partitioned.
     """
-    experts = {id(p) for module in model.modules() if isinstance(module, Experts) for p in module.parameters()}
+    experts = {
+        id(parameter)
+        for _, layer in moe_layers(model)
+        for module in layer.held_by_expert()
+        for parameter in module.parameters(recurse=False)
+    }
+    adapters = adapter_parameters(model)
     groups: dict[tuple[str, bool], list[int]] = {}
     for name, parameter in model.named_parameters():
         is_expert = id(parameter) in experts
-        counts = groups.setdefault((_part(name, is_expert), is_expert), [0, 0])
+        part = "adapters" if name in adapters else _part(name, is_expert)
+        counts = groups.setdefault((part, is_expert), [0, 0])
         counts[0] += _logical_numel(parameter)
         counts[1] += _logical_numel(parameter) if parameter.requires_grad else 0
     return [ParameterGroup(part, count, trainable, flag) for (part, flag), (count, trainable) in groups.items()]

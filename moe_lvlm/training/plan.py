@@ -5,14 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from moe_lvlm.adapters.start import check_centres
+from moe_lvlm.config.adapter import LoRASettings, MoCLESettings
 from moe_lvlm.config.deepspeed import resolve_deepspeed
 from moe_lvlm.config.moe import ClusterRouterSettings, MoEConfig
 from moe_lvlm.config.recipe import Recipe, StageSettings
+from moe_lvlm.data.clusters import InstructionClusters
 from moe_lvlm.data.errors import BadRecordError
-from moe_lvlm.data.instructions import first_instruction
 from moe_lvlm.data.mixture import MixtureDataset, build_dataset, needed_data
 from moe_lvlm.models.build import build_empty
-from moe_lvlm.models.clusters import check_centres
+from moe_lvlm.models.clusters import check_centres as check_router_centres
 from moe_lvlm.models.processor import Processor, num_image_tokens
 from moe_lvlm.training.build import stage_config
 from moe_lvlm.training.memory import ParameterGroup, parameter_table
@@ -41,6 +43,7 @@ def plan_stages(recipe: Recipe, *, world_size: int) -> list[StagePlan]:
         config = stage_config(recipe, index)
         if config.moe_config is not None:
             _check_facts(recipe, config.moe_config)
+        _check_adapter_facts(recipe, index, config.adapter_settings)
         model = build_empty(config)
         select_trainable(model, stage.train)
         plans.append(StagePlan(stage, deepspeed, parameter_table(model)))
@@ -57,9 +60,9 @@ def check_data(recipe: Recipe, processor: Processor) -> None:
     """
     for index, stage in enumerate(recipe.stages):
         config = stage_config(recipe, index)
-        moe = config.moe_config
+        moe, adapter = config.moe_config, config.adapter_settings
         dataset, _ = build_dataset(
-            needed_data(recipe.data, moe),
+            needed_data(recipe.data, moe, adapter),
             stage.mixture or recipe.data.mixture,
             stage.template or recipe.data.template,
             processor,
@@ -67,8 +70,15 @@ def check_data(recipe: Recipe, processor: Processor) -> None:
             recipe.seed,
             answers_apart=config.is_answer_apart,
         )
+        clusters = dataset.builder.clusters
+        if clusters is None:
+            continue
         if moe is not None and isinstance(moe.router, ClusterRouterSettings):
-            _check_clusters(dataset, moe.router)
+            check_router_centres(clusters.table.num_clusters, clusters.table.width, moe.router)
+        if isinstance(adapter, MoCLESettings):
+            check_centres(clusters.table.num_clusters, clusters.table.width, adapter)
+        if (moe is not None and moe.router.kind == "cluster") or _is_gated_by(adapter, "cluster"):
+            _check_instructions(dataset, clusters)
 
 
 def _check_facts(recipe: Recipe, moe: MoEConfig) -> None:
@@ -94,16 +104,36 @@ def _check_facts(recipe: Recipe, moe: MoEConfig) -> None:
                 )
 
 
-def _check_clusters(dataset: MixtureDataset, router: ClusterRouterSettings) -> None:
-    clusters = dataset.builder.clusters
-    assert clusters is not None
-    check_centres(clusters.table.num_clusters, clusters.table.width, router)
+def _is_gated_by(adapter: LoRASettings | MoCLESettings | None, gating: str) -> bool:
+    return isinstance(adapter, MoCLESettings) and adapter.gating == gating
+
+
+def _check_adapter_facts(recipe: Recipe, stage: int, adapter: LoRASettings | MoCLESettings | None) -> None:
+    """Whether the recipe gives what the gates go by."""
+    if _is_gated_by(adapter, "cluster") and recipe.data.clusters is None:
+        raise ValueError(
+            "model.adapter.gating: cluster, but data.clusters is not given; allowed: a table that tools/fit_clusters.py "
+            "wrote, or another gating"
+        )
+    if _is_gated_by(adapter, "dataset"):
+        assert isinstance(adapter, MoCLESettings)
+        mixture = recipe.stages[stage].mixture or recipe.data.mixture
+        if len(mixture) > adapter.num_clusters:
+            raise ValueError(
+                f"model.adapter.num_clusters: {adapter.num_clusters}, but stage {recipe.stages[stage].name} mixes "
+                f"{len(mixture)} datasets, each with a row of its own; allowed: {len(mixture)} or more"
+            )
+
+
+def _check_instructions(dataset: MixtureDataset, clusters: InstructionClusters) -> None:
+    """Whether the table holds every instruction, or its encoder can be loaded for the others."""
     for source in dataset.sources:
         for index in range(len(source)):
             try:
-                instruction = first_instruction(source.record(index).turns)
+                instructions = source.instructions(index)
             except BadRecordError:  # counted when it is drawn
                 continue
-            if clusters.table.find(instruction) is None:
-                clusters.cluster(instruction)  # loads the encoder, or says that it cannot be
-                return
+            for instruction in instructions:
+                if clusters.table.find(instruction) is None:
+                    clusters.cluster(instruction)  # loads the encoder, or says that it cannot be
+                    return

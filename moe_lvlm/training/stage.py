@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from moe_lvlm.analysis.measures import LoadCounter
 from moe_lvlm.checkpoint.background import CheckpointWriter
+from moe_lvlm.checkpoint.base import Base
 from moe_lvlm.checkpoint.engine import live_engine
 from moe_lvlm.checkpoint.ranks import current_ranks
 from moe_lvlm.checkpoint.reader import Checkpoint
@@ -30,6 +31,7 @@ from moe_lvlm.models.processor import Processor, num_image_tokens
 from moe_lvlm.parallel.engine import start_engine
 from moe_lvlm.parallel.process_group import World
 from moe_lvlm.training.adaptation import ExpertAdaptation
+from moe_lvlm.training.base import plan_base
 from moe_lvlm.training.build import build_stage_model, stage_config
 from moe_lvlm.training.folder import BAD_SAMPLES, CHECKPOINTS
 from moe_lvlm.training.interrupt import Interrupt
@@ -73,6 +75,7 @@ class Stage:
         self._ledger = BadSampleLedger(run.folder / BAD_SAMPLES, limit=ledger_limit, epoch_size=self._order.epoch_size)
         self._skipped_in_a_row = 0
         self._saved = None if checkpoint is None else checkpoint.name
+        self._base: Base | None = None  # what checkpoints leave out
         self._engine, self._adaptation = self._start(checkpoint)
 
     def _open_data(self) -> tuple[StepOrder, StepLoader]:
@@ -80,7 +83,7 @@ class Stage:
         seed = recipe.seed * 1000 + self.state.stage
         config = stage_config(recipe, self.state.stage)
         dataset, collator = build_dataset(
-            needed_data(recipe.data, config.moe_config),
+            needed_data(recipe.data, config.moe_config, config.adapter_settings),
             settings.mixture or recipe.data.mixture,
             settings.template or recipe.data.template,
             self._run.processor,
@@ -110,6 +113,7 @@ class Stage:
             zero_stage=int(deepspeed["zero_optimization"].get("stage", 0)),
             device=world.device,
         )
+        self._base = plan_base(recipe, model, checkpoint, world=world, log=self._run.log.say)
         if recipe.train.gradient_checkpointing:
             # The reentrant kind loses the gradients of routers.
             for module in model.checkpointed_modules():
@@ -309,6 +313,7 @@ class Stage:
             rng=capture_rng(),
             ranks=current_ranks(),
             log=self._run.log.say,
+            base=self._base,
         )
         writer.finish(
             prepared,

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
+from moe_lvlm.adapters import adapter_parameters
 from moe_lvlm.moe.decoder import MoEDecoderLayer
 from moe_lvlm.moe.upcycle import moe_layers
 
@@ -25,14 +26,15 @@ _PREFIXES = {
 # What MoE-LLaVA's released code trains in stage III, where its paper says the MoE layers alone: it picks FFNs by a match
 # of names, which keeps those of dense layers, and switches the projector on again afterwards.
 _RELEASED = ("moe", "dense_ffn", "connector")
-PARTS = (*_PREFIXES, "moe", "router", "experts", "dense_ffn", "released")
+PARTS = (*_PREFIXES, "moe", "router", "experts", "dense_ffn", "released", "adapter")
 
 
 def select_trainable(model: nn.Module, parts: Sequence[str]) -> None:
     """Set `requires_grad` of every parameter: True for those that `parts` name, False for the rest.
 
     parts: connector, vision_tower, language_model (with its head), moe (routers, experts, shared experts), router,
-    experts (with shared experts), dense_ffn (FFNs of the layers that stayed dense), released (moe, dense_ffn and
+    experts (with shared experts), dense_ffn (FFNs of the layers that stayed dense), adapter (LoRA, its gates and their
+    table), released (moe, dense_ffn and
     connector: what MoE-LLaVA's released code trains in stage III), or `re:<expression>`, searched for in parameter
     names.
 
@@ -44,7 +46,9 @@ def select_trainable(model: nn.Module, parts: Sequence[str]) -> None:
     for part in _without_aliases(parts):
         found = _names_of(model, names, part)
         if not found:
-            raise ValueError(f"train: {part!r} names no parameter of this model (is a stage with upcycle missing?)")
+            raise ValueError(
+                f"train: {part!r} names no parameter of this model (is a stage with upcycle, or with adapt, missing?)"
+            )
         chosen |= found
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in chosen)
@@ -63,6 +67,8 @@ def _names_of(model: nn.Module, names: Iterable[str], part: str) -> set[str]:
         return {name for name in names if expression.search(name)}
     if part not in PARTS:
         raise ValueError(f"train: unknown part {part!r}; allowed: {', '.join(PARTS)}, re:<expression>")
+    if part == "adapter":
+        return adapter_parameters(model)
     if part in _PREFIXES:
         prefixes = _PREFIXES[part]
     elif part == "dense_ffn":

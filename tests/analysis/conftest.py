@@ -13,13 +13,17 @@ import torch
 import yaml
 from PIL import Image, ImageDraw
 
+from moe_lvlm.analysis.adapters import AdapterStatistics
 from moe_lvlm.analysis.examples import ExampleStore
 from moe_lvlm.analysis.foreground import pool_patches
+from moe_lvlm.analysis.instructions import Instruction, InstructionSample
 from moe_lvlm.analysis.paths import PathStatistics
+from moe_lvlm.analysis.run_folder import TRAINING_DATA
 from moe_lvlm.analysis.statistics import RoutingStatistics
+from moe_lvlm.config.adapter import Gating, MoCLESettings
 from moe_lvlm.routing.trace import RoutingTrace
 from moe_lvlm.routing.types import Modality, RoutingContext, RoutingDecision, Site
-from tests.analysis.traces import connector_trace
+from tests.analysis.traces import adapter_trace, connector_trace
 
 STAGES = (("align", 60), ("tune", 120), ("moe", 90))
 CONNECTOR_LAYERS = (6, 7, 8, 9, 10, 11)
@@ -70,12 +74,17 @@ def make_run(
     evaluated: bool = True,
     moe: bool = True,
     qmoe: bool = False,
+    gating: Gating | None = None,
     layers: tuple[int, ...] = (0, 2),
     num_experts: int = 4,
 ) -> Path:
-    """Write a run's folder; `path` itself. moe: in the language model; qmoe: in the connector."""
+    """Write a run's folder; `path` itself. moe: in the language model; qmoe: in the connector; gating: of LoRA experts."""
     path.mkdir(parents=True)
-    (path / "recipe.yaml").write_text(yaml.safe_dump(recipe(num_experts=num_experts, moe=moe, qmoe=qmoe)))
+    content = recipe(num_experts=num_experts, moe=moe, qmoe=qmoe)
+    if gating is not None:
+        content["model"]["adapter"] = MoCLESettings(gating=gating, num_clusters=5).model_dump(mode="json")
+        content["stages"][-1]["adapt"] = True
+    (path / "recipe.yaml").write_text(yaml.safe_dump(content))
     (path / "environment.txt").write_text("python 3.11\ntorch 2.13.0\n")
     (path / "DONE").touch()
     events = log_events(layers=layers if moe else (), num_experts=num_experts, qmoe=qmoe)
@@ -84,6 +93,8 @@ def make_run(
         write_evaluation(path, layers=layers if moe else (), num_experts=num_experts)
     if evaluated and qmoe:
         write_paths(path)
+    if evaluated and gating is not None:
+        write_adapters(path, gating)
     return path
 
 
@@ -214,6 +225,42 @@ def write_paths(path: Path) -> None:
     metrics = json.loads((path / "metrics.json").read_text())
     metrics["eval"]["caption"] = {"accuracy": 1.392, "majority": 0.21, "n": 400}
     (path / "metrics.json").write_text(json.dumps(metrics))
+
+
+def write_adapters(path: Path, gating: Gating) -> None:
+    """Two training datasets and two tasks of five clusters: captions are in clusters 3 and 4, and cluster 1 has none."""
+    random = np.random.default_rng(5)
+    shares: dict[str, list[float]] = {
+        "ask": [0.6, 0, 0.4, 0, 0],
+        "tell": [0, 0, 0, 0.5, 0.5],
+        "vqa": [0.7, 0, 0.3, 0, 0],
+        "cap": [0, 0, 0, 0, 1],
+    }
+    linears = [(name, layer) for layer in range(4) for name in ("self_attn.q_proj", "self_attn.v_proj")]
+    # a cluster's expert and gate at each linear; at the first linear all clusters take expert 0
+    experts_KL = random.integers(0, 4, (5, len(linears)))
+    experts_KL[:, 0] = 0
+    gates_KL = random.uniform(0.4, 0.95, (5, len(linears)))
+    sample = InstructionSample(num_clusters=5)
+    parts = {TRAINING_DATA: ("ask", "tell"), "scenes": ("vqa", "cap")}
+    for folder, names in parts.items():
+        statistics = AdapterStatistics(gating, has_universal=gating == "cluster")
+        for name in names:
+            clusters = random.choice(5, 60, p=shares[name]).tolist()
+            choices = [list(zip(experts_KL[one].tolist(), gates_KL[one].tolist(), strict=True)) for one in clusters]
+            known = clusters if gating == "cluster" else None
+            trace = adapter_trace(choices, linears=linears, num_experts=4, clusters=known)
+            statistics.update(trace, [name] * len(clusters))
+            texts = [f"{name} {index % 7} of {one}" for index, one in enumerate(clusters)]
+            if folder == TRAINING_DATA:
+                sample.datasets[name] = [
+                    Instruction(*pair) for pair in zip(texts, known or [None] * len(texts), strict=True)
+                ]
+        (path / "eval" / folder).mkdir(exist_ok=True)
+        statistics.save(path / "eval" / folder / "adapters.json")
+    sample.num_clusters = 5 if gating == "cluster" else None
+    sample.left_out["gone"] = "data/gone.json: no such file"
+    sample.save(path / "eval" / TRAINING_DATA / "instructions.json")
 
 
 def scene(random: np.random.Generator) -> tuple[Image.Image, Image.Image]:

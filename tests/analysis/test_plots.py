@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from PIL import Image
 
 from moe_lvlm.analysis import plots
+from moe_lvlm.analysis.adapters import AdapterStatistics, linear_name
+from moe_lvlm.analysis.instructions import Instruction, InstructionMap, InstructionSample
 from moe_lvlm.analysis.paths import PathStatistics
+from moe_lvlm.analysis.plots.adapters import shown_linears
 from moe_lvlm.analysis.plots.routing import merged_bins
 from moe_lvlm.analysis.plots.style import smooth, spread
 from moe_lvlm.analysis.run_folder import Score
 from moe_lvlm.analysis.statistics import RoutingStatistics
 from moe_lvlm.routing.trace import RoutingTrace
-from tests.analysis.traces import connector_trace
+from moe_lvlm.routing.types import Site
+from tests.analysis.traces import adapter_trace, connector_trace
 
 
 def test_merged_bins_keep_counts_and_places() -> None:
@@ -92,6 +100,118 @@ def test_load_of_a_connector_s_experts_is_cut_by_task() -> None:
     assert [bar.get_width() for bar in first.patches] == pytest.approx([1 / 3, 0, 2 / 3, 1, 0, 0])
     assert [bar.get_x() for bar in first.patches] == pytest.approx([0, 0, 1 / 3, 0, 1, 1])
     assert [bar.get_width() for bar in second.patches] == pytest.approx([2 / 3, 1, 0, 0, 1 / 3, 0])
+
+
+def adapter_counts(
+    names: Sequence[str], choices: Any, clusters: Sequence[int] | None, **fields: Any
+) -> AdapterStatistics:
+    statistics = AdapterStatistics("cluster", **({"has_universal": True} | fields))
+    statistics.update(adapter_trace(choices, clusters=clusters), names)
+    return statistics
+
+
+# two training samples of cluster 0 and 2, two of a task of cluster 4; (expert, gate) at q_proj and v_proj of layer 0
+TRAINING = (((0, 0.5), (2, 0.75)), ((1, 1.0), (2, 0.25)))
+TASK = (((2, 0.5), (0, 0.5)), ((2, 1.0), (1, 0.5)))
+
+
+def test_clusters_of_training_data_stand_above_those_of_tasks() -> None:
+    sample = InstructionSample(3, {"a": [Instruction("x", 0)] * 3 + [Instruction("y", 2)], "b": [Instruction("z", 1)]})
+    evaluation = adapter_counts(["t", "t"], TASK, [4, 0])
+    figure = plots.clusters_by_dataset(sample, evaluation)
+    assert figure is not None
+    axis, bar = figure.axes
+    (image,) = axis.images
+    # the task has a cluster that the sample never had
+    assert image.get_array().tolist() == [[0.75, 0, 0.25, 0, 0], [0, 1, 0, 0, 0], [0.5, 0, 0, 0, 0.5]]
+    assert [label.get_text() for label in axis.get_yticklabels()] == ["a  (n = 4)", "b  (n = 1)", "t  (n = 2)"]
+    assert [text.get_text() for text in axis.texts[:5]] == ["75%", "0", "25%", "0", "0"]
+    assert dotted_lines(axis) == [1.5]
+    assert (axis.get_xlabel(), bar.get_ylabel()) == ("cluster", "share of a row")
+    alone = plots.clusters_by_dataset(sample, None, label="dataset")
+    assert alone is not None
+    assert dotted_lines(alone.axes[0]) == []
+    assert alone.axes[0].get_xlabel() == "dataset"
+    assert plots.clusters_by_dataset(None, None) is None
+    unknown = InstructionSample(None, {"a": [Instruction("x", None)]})
+    assert plots.clusters_by_dataset(unknown, adapter_counts(["t", "t"], TASK, None)) is None
+
+
+def dotted_lines(axis: Axes) -> list[float]:
+    """Heights of the lines that are neither white nor whole."""
+    return [float(np.asarray(line.get_ydata())[0]) for line in axis.lines if line.get_linestyle() not in ("-", "None")]
+
+
+def test_experts_by_dataset_have_a_panel_a_linear() -> None:
+    training, evaluation = adapter_counts(["a", "b"], TRAINING, [0, 2]), adapter_counts(["t", "t"], TASK, [4, 4])
+    figure = plots.experts_by_subset(training, evaluation)
+    assert figure is not None
+    query, value, _ = figure.axes
+    assert query.get_title(loc="left") == "self_attn.q_proj, layer 0"
+    assert query.images[0].get_array().tolist() == [[1, 0, 0], [0, 1, 0], [0, 0, 1]]
+    assert value.images[0].get_array().tolist() == [[0, 0, 1], [0, 0, 1], [0.5, 0.5, 0]]
+    assert [label.get_text() for label in query.get_yticklabels()] == ["a", "b", "t"]
+    assert plots.experts_by_subset(None, None) is None
+
+
+def test_shown_linears_are_spread_over_layers() -> None:
+    sites = [Site(f"adapter.{name}", layer) for layer in range(9) for name in ("q", "v")]
+    assert [sites[place] for place in shown_linears(sites)] == [
+        Site(f"adapter.{name}", layer) for name in ("q", "v") for layer in (0, 4, 8)
+    ]
+    many = [Site(f"adapter.{name}", 0) for name in "abcdefgh"]
+    assert [linear_name(many[place]) for place in shown_linears(many)] == ["a", "b", "d", "e", "g", "h"]
+
+
+def test_a_cluster_s_expert_is_the_most_frequent_one() -> None:
+    statistics = adapter_counts(["a"] * 4, (*TRAINING, *TASK), [7, 3, 3, 3])
+    figure = plots.experts_by_cluster(statistics)
+    assert figure is not None
+    query, value = figure.axes
+    assert [np.asarray(axis.collections[0].get_array()).ravel().tolist() for axis in (query, value)] == [[2, 0], [0, 2]]
+    assert [label.get_text() for label in query.get_yticklabels()] == ["3", "7"]
+    assert [label.get_text() for label in query.get_xticklabels()] == ["0"]
+    assert plots.experts_by_cluster(adapter_counts(["a", "b"], TRAINING, None)) is None
+
+
+def test_weight_of_the_universal_expert_is_what_gates_leave() -> None:
+    training, evaluation = adapter_counts(["a", "b"], TRAINING, [0, 2]), adapter_counts(["t", "t"], TASK, [4, 4])
+    figure = plots.universal_weight(training, evaluation)
+    assert figure is not None
+    (axis,) = figure.axes
+    # a: 1 - (0.5 + 0.75) / 2; b: 1 - (1 + 0.25) / 2; t: linears 0.25 and 0.5
+    assert [bar.get_width() for bar in axis.patches[:3]] == pytest.approx([0.375, 0.375, 0.375])
+    assert [text.get_text() for text in axis.texts] == ["mean 0.375"] * 3
+    lines = [np.asarray(line.get_xdata()).tolist() for line in axis.lines[:6:2]]
+    assert lines == [pytest.approx([0.25, 0.5]), pytest.approx([0, 0.75]), pytest.approx([0.25, 0.5])]
+    assert dotted_lines(axis) == [0, 1.5]  # a gate that knows nothing, and the border
+    assert plots.universal_weight(adapter_counts(["a", "b"], TRAINING, None, has_universal=False), None) is None
+
+
+def test_map_has_a_panel_by_dataset_and_one_by_cluster() -> None:
+    known = tuple(Instruction(text, cluster) for text, cluster in (("x", 0), ("y", 0), ("z", 3)))
+    positions = np.array([[0.0, 0.0], [1.0, 1.0], [9.0, 9.0]])
+    found = InstructionMap(
+        dataset=("a", "b", "b"), instruction=known, positions=positions, same_dataset=0.5, by_chance=0.5
+    )
+    left, right = plots.instruction_map(found).axes
+    assert [np.asarray(points.get_offsets()).tolist() for points in left.collections] == [
+        [[0, 0]], [[1, 1], [9, 9]],
+    ]  # fmt: skip
+    assert [points.get_label() for points in left.collections] == ["a", "b"]
+    assert [text.get_text() for text in right.texts] == ["0", "3"]
+    # the second dataset has y three times, and x beside the first one's
+    shared = replace(
+        found,
+        dataset=("a", "b", "b", "b", "b"),
+        instruction=(known[0], known[0], known[1], known[1], known[1]),
+        positions=np.array([[0.0, 0.0]] * 2 + [[10.0, 1.0]] * 3),
+    )
+    first, second = plots.instruction_map(shared).axes[0].collections
+    assert np.asarray(second.get_offsets()).tolist() == [[pytest.approx(0.18), 0], [10, 1]]
+    assert second.get_sizes() / first.get_sizes() == pytest.approx([1, np.sqrt(3)])
+    unknown = replace(found, instruction=tuple(Instruction(one.text, None) for one in known))
+    assert len(plots.instruction_map(unknown).axes) == 1
 
 
 def test_parts_of_the_model_have_a_figure_of_training_each() -> None:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+import shutil
+from collections import Counter
+from collections.abc import Callable, Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from numpy.typing import NDArray
 from PIL import Image
+from sklearn.metrics import normalized_mutual_info_score
 
 from moe_lvlm.analysis.report import write_report
 
@@ -256,3 +260,130 @@ def test_paths_that_do_not_depend_on_the_task_are_called_so(run_maker: RunMaker,
     del content["counts"]["b"]
     (run / "eval" / "scenes" / "paths.json").write_text(json.dumps(content))
     assert "There is one task only" in Page(write_report(run)).flat
+
+
+ADAPTER_FIGURES = {"instructions", "clusters", "adapter-experts", "adapter-clusters", "universal-weight"}
+
+
+@pytest.fixture
+def encoder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Texts lie by their last word, the cluster, and a little by their second."""
+
+    def encode(texts: Sequence[str]) -> NDArray[np.float32]:
+        numbers = [(int(text.split()[-1]), int(text.split()[1])) for text in texts]
+        return np.array([[cluster, cluster**2, 0.1 * index, 1] for cluster, index in numbers], dtype=np.float32)
+
+    monkeypatch.setattr("moe_lvlm.analysis.adapter_section.run_encoder", lambda recipe: encode)
+
+
+def test_lora_experts_have_a_section(run_maker: RunMaker, tmp_path: Path, encoder: None) -> None:
+    run = run_maker(tmp_path / "run", moe=False, gating="cluster")
+    page = Page(write_report(run))
+    assert page.sections == [*SECTIONS[:3], "adapters", *SECTIONS[3:]]
+    shown = {name.removesuffix(".png") for name in page.images if not name.startswith("prediction")}
+    assert shown == ADAPTER_FIGURES | {"loss", "accuracy"}
+    for name in ADAPTER_FIGURES:
+        with Image.open(run / "report" / f"{name}.png") as image:
+            assert np.asarray(image.convert("L")).std() > 1
+            assert 700 <= image.width <= 2000, name
+    assert "LoRA experts are under LoRA experts" in page.flat
+    assert (
+        "MoCLE: 4 LoRA experts and a universal one, rank 8, alpha 32.0, on q_proj, v_proj; gates by cluster (5 rows)"
+        in (page.flat)
+    )
+    assert "Dataset gone of the training data is left out: data/gone.json: no such file." in page.flat
+    # texts of a cluster are of one dataset
+    assert "Of the distinct instructions 100.0% have their nearest other instruction" in page.flat
+    points = json.loads((run / "report" / "instructions.json").read_text())
+    assert [point["dataset"] for point in points] == ["ask"] * 60 + ["tell"] * 60
+
+
+def test_numbers_on_lora_experts_are_scikit_learn_s(run_maker: RunMaker, tmp_path: Path, encoder: None) -> None:
+    run = run_maker(tmp_path / "run", moe=False, gating="cluster")
+    text = Page(write_report(run)).flat
+    sample = json.loads((run / "eval" / "_training_data" / "instructions.json").read_text())
+    pairs = [(name, cluster) for name, found in sample["datasets"].items() for _, cluster in found]
+    expected = normalized_mutual_info_score(*zip(*pairs, strict=True))
+    assert f"instructions have a normalised mutual information of {expected:.3f}" in text
+    counts = json.loads((run / "eval" / "_training_data" / "adapters.json").read_text())
+    values = []
+    for place in range(8):
+        rows = [of["experts"][place] for of in counts["subsets"].values()]
+        labels = [(row, expert) for row, of in enumerate(rows) for expert, n in enumerate(of) for _ in range(n)]
+        values.append(normalized_mutual_info_score(*zip(*labels, strict=True)))
+    assert (
+        f"information of {np.mean(values):.3f} on average over 8 adapted linears, from 0.000 (self_attn.q_proj, layer 0)"
+        in (text)
+    )
+    # the first linear's expert says nothing of the dataset
+    above = sum(value > 0.1 for value in values)
+    assert f"At {above} of 8 linears it is above what 95 % of 200 shuffles reach (samples taken" in text
+    ask = counts["subsets"]["ask"]
+    weight = 1 - sum(ask["gate_sum"]) / sum(ask["rows"])
+    frequent = Counter(cluster for name, cluster in pairs if name == "ask").most_common(1)[0]
+    assert f"ask training data 60 2 {frequent[0]} ({frequent[1] / 60:.0%})" in text
+    assert f"{weight:.3f} ± " in text
+    assert "the universal expert has its lowest weight on" in text
+
+
+def test_without_an_encoder_the_page_says_so(
+    run_maker: RunMaker, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = run_maker(tmp_path / "run", moe=False, gating="cluster")
+    monkeypatch.setenv("MOE_LVLM_ENCODER", str(tmp_path / "no-encoder"))
+    (run / "report").mkdir()
+    (run / "report" / "instructions.json").write_text("of an earlier report")
+    page = Page(write_report(run))
+    assert "The map of instructions (t-SNE) is not drawn: encoder" in page.flat
+    assert "clusters.png" in page.images
+    assert "instructions.png" not in page.images
+    assert not (run / "report" / "instructions.json").exists()
+
+
+def test_gates_that_read_no_cluster_have_no_figures_of_clusters(
+    run_maker: RunMaker, tmp_path: Path, encoder: None
+) -> None:
+    page = Page(write_report(run_maker(tmp_path / "run", gating="token")))
+    shown = {name.removesuffix(".png") for name in page.images if not name.startswith("prediction")}
+    assert shown == FIGURES | {"instructions", "adapter-experts"}
+    assert "Clusters by dataset are not shown: the gates of this run do not read clusters." in page.flat
+    assert "Weights of the universal expert are not shown: these adapters have none." in page.flat
+    assert "(tokens taken as independent of each other)" in page.flat
+
+
+def test_evaluation_without_training_data_says_so(run_maker: RunMaker, tmp_path: Path) -> None:
+    run = run_maker(tmp_path / "run", moe=False, gating="cluster")
+    shutil.rmtree(run / "eval" / "_training_data")
+    page = Page(write_report(run))
+    assert "There is no sample of the training data, so figures show the evaluation alone" in page.flat
+    assert {"clusters.png", "adapter-experts.png", "adapter-clusters.png", "universal-weight.png"} <= set(page.images)
+
+
+def test_adapters_that_were_not_evaluated_say_what_does_it(run_maker: RunMaker, tmp_path: Path) -> None:
+    run = run_maker(tmp_path / "run", evaluated=False, moe=False, gating="cluster")
+    text = Page(write_report(run)).flat
+    assert f"the run was not evaluated yet. Made by moe-lvlm eval {run}" in text
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["model"]["adapter"] = {"kind": "lora", "rank": 4, "alpha": 8, "target_modules": ["up_proj"]}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    page = Page(write_report(run))
+    assert page.sections == SECTIONS
+    assert "LoRA, rank 4, alpha 8, on up_proj" in page.flat
+    recipe["stages"][-1]["adapt"] = False
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert "Adapter none: no stage says adapt" in Page(write_report(run)).flat
+
+
+def test_load_of_lora_experts_over_training(run_maker: RunMaker, tmp_path: Path) -> None:
+    run = run_maker(tmp_path / "run", evaluated=False, moe=False, gating="cluster")
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    for line in lines:
+        if line["event"] == "step" and line["stage"] == "moe":
+            load = {"language": [4, 3, 2, 1], "vision": [8, 6, 4, 2]}
+            line["expert_load"] = {
+                f"adapter.mlp.{name}.{layer}": load for name in ("up_proj", "down_proj") for layer in (0, 1)
+            }
+    (run / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = Page(write_report(run))
+    assert page.images == ["loss.png", "load-training-mlp-down_proj.png", "load-training-mlp-up_proj.png"]
+    assert "Load of the LoRA experts of mlp.up_proj over training" in page.flat

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from moe_lvlm.analysis.adapters import AdapterStatistics
+from moe_lvlm.analysis.instructions import Instruction, InstructionSample
 from moe_lvlm.analysis.paths import PathStatistics
 from moe_lvlm.analysis.run_folder import RunFolder, Score
 from moe_lvlm.analysis.statistics import RoutingStatistics
-from tests.analysis.traces import connector_trace
+from tests.analysis.traces import adapter_trace, connector_trace
 
 RunMaker = Callable[..., Path]
 
@@ -91,6 +93,27 @@ def test_a_connector_that_saw_no_image_has_no_paths(run: Path) -> None:
     (run / "eval" / "text").mkdir(parents=True)
     PathStatistics().save(run / "eval" / "text" / "paths.json")
     assert RunFolder(run).paths is None
+
+
+def test_lora_experts_of_all_sets_are_put_together_and_apart_from_the_training_data(run: Path) -> None:
+    folder = RunFolder(run)
+    assert (folder.adapters, folder.training_adapters, folder.instructions) == (None, None, None)
+    for name, task, choice in (("one", "vqa", 0), ("two", "cap", 2), ("_training_data", "vqa", 1), ("three", "vqa", 1)):
+        (run / "eval" / name).mkdir(parents=True)
+        statistics = AdapterStatistics("cluster", True)
+        statistics.update(adapter_trace([((choice, 0.5), (choice, 0.5))], clusters=[3]), [task])
+        statistics.save(run / "eval" / name / "adapters.json")
+    sample = InstructionSample(4, {"vqa": [Instruction("what ?", 3)]})
+    sample.save(run / "eval" / "_training_data" / "instructions.json")
+    folder = RunFolder(run)
+    assert folder.adapters is not None
+    assert {name: one.experts_LE.tolist() for name, one in folder.adapters.subsets.items()} == {
+        "vqa": [[1, 1, 0]] * 2,
+        "cap": [[0, 0, 1]] * 2,
+    }
+    assert folder.training_adapters is not None
+    assert folder.training_adapters.subsets["vqa"].experts_LE.tolist() == [[0, 1, 0]] * 2
+    assert folder.instructions == sample
 
 
 def test_score_knows_the_metric_of_its_set(run: Path) -> None:

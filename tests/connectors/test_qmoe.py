@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from moe_lvlm.config.connector import ExpertSettings
-from moe_lvlm.connectors.noise import sample_noise
 from moe_lvlm.connectors.qmoe import QMoEModel
+from moe_lvlm.routing.noise import sample_noise
 from moe_lvlm.routing.trace import RoutingTrace
 from moe_lvlm.routing.types import CONNECTOR, RoutingContext, RoutingDecision, Site
 from tests.connectors.slow_qmoe import (

@@ -44,6 +44,8 @@ def facts(tmp_path: Path) -> CardFacts:
         dtype="float32",
         parameters=ParameterCounts(total=1_000_000, activated=600_000, activated_tail=900_000),
         moe=MoEConfig.model_validate(recipe.moe),
+        adapter=None,
+        prompt_facts=frozenset(),
         layers=(0, 2),
         num_layers=3,
         is_eea_off=False,

@@ -7,9 +7,18 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from moe_lvlm.config.recipe import Recipe
+from moe_lvlm.config.recipe import Recipe, SourceSettings
 from moe_lvlm.data import clustering
-from moe_lvlm.data.clustering import count_instructions, encode_all, fit_clusters, recipe_files
+from moe_lvlm.data.clustering import (
+    cluster_index,
+    count_instructions,
+    dataset_table,
+    encode_all,
+    fit_clusters,
+    recipe_sources,
+)
+from moe_lvlm.data.published.layout import PublishedLayout
+from moe_lvlm.data.published.vqa import GQA
 
 from .conftest import conversation
 from .letters import encode
@@ -97,7 +106,10 @@ def recipe(**stages: dict[str, object]) -> Recipe:
     return Recipe.model_validate(
         {
             "name": "r",
-            "model": {"from_pretrained": "x"},
+            "model": {
+                "from_pretrained": "x",
+                "adapter": {"kind": "lora"} if any(more.get("adapt") for more in stages.values()) else None,
+            },
             "data": {"image_root": "/d", "mixture": [{"path": "a.json"}, {"path": "b.json", "weight": 2}]},
             "stages": [
                 {"name": name, "train": ["moe"], "steps": 1, "learning_rate": 1, **more}
@@ -107,17 +119,73 @@ def recipe(**stages: dict[str, object]) -> Recipe:
     )
 
 
-def test_a_recipes_files_are_those_of_its_sparse_stages() -> None:
+def paths(sources: list[SourceSettings]) -> list[str]:
+    return [source.path for source in sources]
+
+
+def test_a_recipes_datasets_are_those_of_its_sparse_stages() -> None:
     sparse = recipe(
         dense={"mixture": [{"path": "c.json"}]},
         up={"upcycle": True},
         more={"mixture": [{"path": "b.json"}, {"path": "/e/d.json"}]},
     )
-    assert [str(path) for path in recipe_files(sparse)] == ["/d/a.json", "/d/b.json", "/e/d.json"]
-    assert [str(path) for path in recipe_files(sparse, "dense")] == ["/d/c.json"]
-    assert [str(path) for path in recipe_files(recipe(one={}))] == ["/d/a.json", "/d/b.json"]
+    assert paths(recipe_sources(sparse)) == ["a.json", "b.json", "/e/d.json"]
+    assert paths(recipe_sources(sparse, "dense")) == ["c.json"]
+    assert paths(recipe_sources(recipe(one={}))) == ["a.json", "b.json"]
+    assert paths(recipe_sources(recipe(one={"mixture": [{"path": "c.json"}]}, two={"adapt": True}))) == [
+        "a.json",
+        "b.json",
+    ]
     with pytest.raises(ValueError, match="stage 'x': not in recipe r; allowed: dense, up, more"):
-        recipe_files(sparse, "x")
-    drawn = recipe(one={"mixture": [{"path": "b.json"}, {"path": "q.json", "source": "gqa"}]})
-    with pytest.raises(ValueError, match=r"q\.json: source gqa, .* llava_json"):
-        recipe_files(drawn)
+        recipe_sources(sparse, "x")
+    # one file asked in two ways is two datasets
+    ways = [{"path": "q.json", "source": "gqa", "instructions": way} for way in ("vqa", "mocle_vqg")]
+    assert len(recipe_sources(recipe(one={"mixture": [*ways, ways[0] | {"weight": 3}]}))) == 2
+
+
+def test_datasets_are_their_instructions_means() -> None:
+    counts = {"first": {"aaaa": 3, "aaab": 1}, "second": {"xxxx": 1, "aaaa": 1}}
+    table = dataset_table(counts, encode, encoder="letters", assigned=["xxxy"])
+    assert (table.datasets, table.num_clusters, table.seed) == (("first", "second"), 2, 0)
+    assert np.allclose(table.centres_KW[0], encode(["aaaa"] * 3 + ["aaab"]).mean(axis=0), atol=1e-6)
+    assert np.allclose(table.centres_KW[1], encode(["xxxx", "aaaa"]).mean(axis=0), atol=1e-6)
+    # what two datasets share goes to the nearer mean, and what none has too
+    assert [table.find(text) for text in ("aaaa", "aaab", "xxxx", "xxxy")] == [0, 0, 1, 1]
+    with pytest.raises(ValueError, match="third: no instruction"):
+        dataset_table({**counts, "third": {}}, encode, encoder="letters")
+
+
+def test_an_index_says_what_is_in_a_cluster() -> None:
+    table = fit_clusters(COUNTS, encode, encoder="letters", num_clusters=3, seed=0)
+    index = cluster_index(table, COUNTS, shown=2)
+    assert (index["num_clusters"], index["instructions"], index["distinct"]) == (3, 19, 6)
+    assert [one["instructions"] for one in index["clusters"]] == [9, 6, 4]
+    assert index["clusters"][1] == {
+        "cluster": 1,
+        "instructions": 6,
+        "distinct": 3,
+        "commonest": [{"instruction": "xxxx", "count": 3}, {"instruction": "xxxy", "count": 2}],
+    }
+    by_dataset = dataset_table({"d": {"aaaa": 1}}, encode, encoder="letters")
+    assert cluster_index(by_dataset, {"aaaa": 1})["clusters"][0]["dataset"] == "d"
+
+
+def test_a_record_of_several_templates_has_as_many_instructions() -> None:
+    layout = PublishedLayout(GQA, image_pattern="{imageId}.jpg", instructions=("{QUESTION}", "Q: {QUESTION} A:"))
+    rows = [{"question": "What?", "answer": "x"}, {"question": "What?", "answer": "y"}, {"question": "Why?"}]
+    counts: Counter[str] = Counter()
+    told: list[int] = []
+    assert count_instructions(rows, counts, layout, told.append) == 1
+    assert counts == {"What?": 2, "Q: What? A:": 2}
+    assert sum(told) == 3
+
+
+def test_embeddings_on_disk_give_the_same_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = {"".join(chr(97 + int(c)) for c in np.random.default_rng(i).integers(0, 26, 6)): 1 for i in range(60)}
+    tables = []
+    for limit in (clustering.IN_MEMORY, 0):
+        monkeypatch.setattr(clustering, "IN_MEMORY", limit)
+        tables.append(fit_clusters(texts, encode, encoder="letters", num_clusters=5, seed=1))
+    assert np.array_equal(tables[0].centres_KW, tables[1].centres_KW)
+    assert np.array_equal(tables[0].ids_I, tables[1].ids_I)
+    assert isinstance(encode_all(sorted(texts), encode), np.memmap)

@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from moe_lvlm.config.recipe import RecordsSettings
+from moe_lvlm.config.records import RecordsSettings
 from moe_lvlm.data.collator import Collator
 from moe_lvlm.data.errors import BadRecordError, DataFileError, RecordFault
+from moe_lvlm.data.instructions import first_instruction
 from moe_lvlm.data.llava_json import read_records
 from moe_lvlm.data.mixture import Source, open_records
 from moe_lvlm.data.records import IMAGE_MARK
@@ -120,6 +121,24 @@ PUBLISHED = {
     "vsr": "vsr/test.jsonl",
     "hateful_memes": "hateful_memes/dev_seen.jsonl",
     "nocaps": "nocaps/nocaps_val_4500_captions.json",
+    "ocrvqa": "ocrvqa/dataset.json",
+    "textvqa": "textvqa/TextVQA_0.5.1_val.json",
+    "iconqa": "iconqa/problems.json",
+    "scienceqa": "scienceqa/problems.json",
+    "vqa_rad": "vqa_rad/VQA_RAD Dataset Public.json",
+    "slake": "slake/test.json",
+    "pathvqa": "slake/test.json",
+}
+# Templates that name all that records of a source have.
+ASKED = {
+    "coco_captions": "caption",
+    "textcaps": "mocle_ocrcaps",
+    "nocaps": "caption",
+    "aokvqa": "mocle_vqamc",
+    "vqa": "mocle_vqg",
+    "textvqa": "mocle_eval_ocr",
+    "iconqa": "choice",
+    "scienceqa": "mocle_eval_science",
 }
 
 
@@ -138,7 +157,9 @@ def spoiled(value: Any, data: st.DataObject) -> Any:
 @given(data=st.data(), source=st.sampled_from(list(PUBLISHED)), for_evaluation=st.booleans())
 def test_any_published_file_is_read_or_refused(data: st.DataObject, source: str, for_evaluation: bool) -> None:
     annotations = str(FIXTURES / "vqa/v2_mscoco_train2014_annotations.json") if source == "vqa" else None
-    instructions = "caption" if source in ("coco_captions", "textcaps", "nocaps") else None
+    ocr_tokens = None
+    if source in ("textvqa", "textcaps"):
+        ocr_tokens = str(FIXTURES / "textvqa/TextVQA_Rosetta_OCR_v0.2_val.json")
     original = FIXTURES / PUBLISHED[source]
     lines = original.read_text().splitlines()
     with tempfile.TemporaryDirectory() as folder:
@@ -147,11 +168,18 @@ def test_any_published_file_is_read_or_refused(data: st.DataObject, source: str,
             path.write_text("\n".join(json.dumps(spoiled(json.loads(line), data)) for line in lines))
         else:
             path.write_text(json.dumps(spoiled(json.loads(original.read_text()), data)))
-        wanted = RecordsSettings(source=source, path=str(path), annotations=annotations, instructions=instructions)  # type: ignore[arg-type]
+        wanted = RecordsSettings(
+            source=source,  # type: ignore[arg-type]
+            path=str(path),
+            annotations=annotations,
+            ocr_tokens=ocr_tokens,
+            instructions=ASKED.get(source),
+            image_pattern="{img_name}" if source == "pathvqa" else None,
+        )
         try:
             opened = open_records(wanted, folder, for_evaluation=for_evaluation)
         except DataFileError as error:
-            assert str(path) in str(error) or str(annotations) in str(error)
+            assert any(str(file) in str(error) for file in (path, annotations, ocr_tokens))
             return
         for index in range(len(opened)):
             for draw in (None, 5):
@@ -163,6 +191,7 @@ def test_any_published_file_is_read_or_refused(data: st.DataObject, source: str,
                     assert record.turns[1].text
                     assert len(record.images) == 1
                     assert isinstance(opened.facts(index), dict)
+                    assert first_instruction(record.turns) in opened.instructions(index)
             try:
                 opened.facts(index)
             except RecordFault as fault:

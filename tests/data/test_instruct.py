@@ -121,6 +121,18 @@ def test_the_connector_reads_the_bare_question() -> None:
     assert connector_ids(builder.prompt(turns, [RED], connector_words="")) == [2, 3]
 
 
+def test_the_connector_reads_the_whole_instruction(make_source: MakeSource) -> None:
+    builder, root = builder_of("word_level"), make_source([{}]).image_root
+    builder.reads_instruction = True
+    turns = (Turn("human", "<image>\nQ: what is red? Short answer:"), Turn("gpt", "a cat"))
+    record = Record(id=None, images=("red.png",), turns=turns, question="what is red?")
+    whole = [2, *by_hand("q : what is red ? short", 4), 3]
+    sample = builder.sample(record, root, dataset="d", key="d/0")
+    assert sample.connector_ids is not None
+    assert sample.connector_ids.tolist() == whole
+    assert connector_ids(builder.record_prompt(record, root)) == whole
+
+
 def test_a_records_question_reaches_samples_and_prompts(make_source: MakeSource) -> None:
     builder, root = builder_of("word_level"), make_source([{}]).image_root
     turns = (Turn("human", "<image>\nQ: what is red? Short answer:"), Turn("gpt", "a cat"))

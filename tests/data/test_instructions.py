@@ -7,26 +7,27 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from moe_lvlm.config.instructions import INSTRUCTION_SETS, template_fields
-from moe_lvlm.config.recipe import RecordsSettings, TaskSettings
+from moe_lvlm.config.instructions import INSTRUCTION_SETS, QMOE_SETS, template_fields
+from moe_lvlm.config.recipe import TaskSettings
+from moe_lvlm.config.records import RecordsSettings
 
 VQA: dict[str, Any] = {"source": "vqa", "path": "q.json", "annotations": "a.json"}
 CAPTION: dict[str, Any] = {"source": "coco_captions", "path": "c.json"}
 
 
 def test_the_sets_are_those_of_the_supplement() -> None:
-    assert {name: len(templates) for name, templates in INSTRUCTION_SETS.items()} == {
+    assert {name: len(templates) for name, templates in QMOE_SETS.items()} == {
         "vqa": 5,
         "choice": 5,
         "caption": 5,
     }
     # evaluation takes the first
-    assert [templates[0] for templates in INSTRUCTION_SETS.values()] == [
+    assert [templates[0] for templates in QMOE_SETS.values()] == [
         "{QUESTION}",
         "{QUESTION} Choose from {CANDIDATES}.",
         "A photo of",
     ]
-    for template in (template for templates in INSTRUCTION_SETS.values() for template in templates):
+    for template in (template for templates in QMOE_SETS.values() for template in templates):
         assert template == template.strip().removesuffix(",")
 
 
@@ -43,7 +44,7 @@ def test_templates_of_settings() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (VQA | {"instructions": ["{ANSWER} {QUESTION}"]}, r"has the field {ANSWER}; allowed: {QUESTION} \(source vqa"),
+        (VQA | {"instructions": ["{IMAGE} {QUESTION}"]}, r"has the field {IMAGE}; allowed: .* \(source vqa"),
         (VQA | {"instructions": "choice"}, r"has the field {CANDIDATES}; allowed: {QUESTION}"),
         (VQA | {"instructions": "caption"}, r"'A photo of' leaves the question out; it needs {QUESTION}"),
         (VQA | {"instructions": []}, "no template; at least one"),

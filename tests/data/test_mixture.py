@@ -5,14 +5,17 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 import xxhash
 from PIL import Image
 from pydantic import ValidationError
 from transformers import LlavaProcessor
 
+from moe_lvlm.config.adapter import LoRASettings, MoCLESettings
 from moe_lvlm.config.moe import ClusterRouterSettings, MoEConfig
 from moe_lvlm.config.recipe import DataSettings, SourceSettings, TaskTypeSettings
-from moe_lvlm.data.clustering import fit_clusters
+from moe_lvlm.config.records import RecordsSettings
+from moe_lvlm.data.clustering import dataset_table, fit_clusters
 from moe_lvlm.data.draws import draw_number
 from moe_lvlm.data.errors import DataFileError
 from moe_lvlm.data.mixture import (
@@ -23,6 +26,7 @@ from moe_lvlm.data.mixture import (
     draws_by_ratio,
     draws_by_weight,
     needed_data,
+    open_records,
     resolve_path,
 )
 from moe_lvlm.data.sample import SampleBuilder
@@ -235,8 +239,48 @@ def test_samples_carry_labels_and_clusters(make_source: MakeSource, processor: L
         )
 
 
+def test_samples_know_their_dataset(make_source: MakeSource, processor: LlavaProcessor, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        make_source([{"conversations": conversation(text, "red")} for text in ("aaaa", "xxxx")], name)
+    mixture = (SourceSettings(path="a.json", name="first"), SourceSettings(path="b.json", weight=0.5))
+    settings = DataSettings(image_root=str(tmp_path), max_length=512)
+    dataset, collator = build_dataset(settings, mixture, "chat", processor, num_image_tokens, 0)
+    samples = [dataset[Draw(0, position)] for position in (2, 0, 1)]
+    assert [one.dataset for one in samples] == ["b", "first", "first"]
+    routing = collator(samples)["routing"]
+    assert routing.dataset_N is not None
+    assert routing.dataset_N.tolist() == [1, 0, 0]
+    assert routing.dataset_N.dtype == torch.int64
+    assert [source.prompt(0, dataset.builder).dataset_index for source in dataset.sources] == [0, 1]
+    # from no dataset of the mixture
+    other = Source("other", dataset.sources[0].records, tmp_path)
+    assert other.prompt(0, dataset.builder).dataset_index is None
+    assert collator([samples[0], other.sample(0, dataset.builder)])["routing"].dataset_N is None
+
+
+def test_what_is_from_no_dataset_goes_to_the_nearest(
+    make_source: MakeSource, processor: LlavaProcessor, tmp_path: Path
+) -> None:
+    for name, text in (("a", "aaaa"), ("b", "xxxx"), ("c", "xxax")):
+        make_source([{"conversations": conversation(text, "red")}], name)
+    counts = {"a": {"aaaa": 1}, "b": {"xxxx": 1}}
+    dataset_table(counts, encode, encoder="letters", assigned=["xxax"]).save(tmp_path / "datasets.safetensors")
+    settings = DataSettings(image_root=str(tmp_path), clusters="datasets.safetensors", max_length=512)
+    mixture = (SourceSettings(path="a.json"), SourceSettings(path="b.json"))
+    dataset, _ = build_dataset(settings, mixture, "chat", processor, num_image_tokens, 0)
+    other = open_records(RecordsSettings(path="c.json"), str(tmp_path))
+    assert other.prompt(0, dataset.builder).dataset_index == 1
+    assert dataset.sources[0].prompt(0, dataset.builder).dataset_index == 0
+    with pytest.raises(ValueError, match="a table of the datasets a, b, but the mixture has b, a"):
+        build_dataset(settings, mixture[::-1], "chat", processor, num_image_tokens, 0)
+
+
 def test_the_table_is_left_out_where_no_router_reads_it() -> None:
     settings = DataSettings(clusters="clusters.safetensors", max_length=99)
+    for gating, is_read in (("cluster", True), ("dataset", True), ("sentence", False), ("token", False)):
+        adapter = MoCLESettings.model_validate({"gating": gating})
+        assert (needed_data(settings, MoEConfig(), adapter) == settings) == is_read
+    assert needed_data(settings, None, LoRASettings()).clusters is None
     assert needed_data(settings, MoEConfig(router=ClusterRouterSettings())) == settings
     for moe in (None, MoEConfig()):
         assert needed_data(settings, moe) == DataSettings(max_length=99)

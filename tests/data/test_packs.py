@@ -212,14 +212,15 @@ def test_paths_that_leave_the_pack_are_refused(path: str) -> None:
 @pytest.mark.usefixtures("in_cache")
 def test_unknown_names_are_answered_with_the_known_ones(scenes: Path) -> None:
     with pytest.raises(
-        ValueError, match=r"package:scene: unknown pack; known are \['scene_tasks', 'scenes'\]. Did you mean 'scenes'"
+        ValueError,
+        match=r"package:scene: unknown pack; known are \['mocle', 'scene_tasks', 'scenes'\]. Did you mean 'scenes'",
     ):
         resolve("package:scene/train.json")
     with pytest.raises(ValueError, match="unknown pack"):
         resolve("package:")
     with pytest.raises(ValueError, match=r"holds no 'trian\.json'; at its top are .*'train\.json'"):
         resolve("package:scenes/trian.json")
-    assert known_packs() == ["scene_tasks", "scenes"]
+    assert known_packs() == ["mocle", "scene_tasks", "scenes"]
 
 
 # --- the scenes pack -------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from moe_lvlm.config.recipe import RecordsSettings
+from moe_lvlm.config.records import RecordsSettings
 from moe_lvlm.data.errors import BadRecordError, DataFileError
 from moe_lvlm.data.mixture import Source, open_records
 from moe_lvlm.data.published import DATASETS
@@ -249,6 +249,13 @@ def test_sources_travel_to_worker_processes(source: str) -> None:
         "vsr": lambda: opened("vsr", "vsr/test.jsonl"),
         "hateful_memes": lambda: opened("hateful_memes", "hateful_memes/dev_seen.jsonl"),
         "nocaps": lambda: opened("nocaps", "nocaps/nocaps_val_4500_captions.json"),
+        "ocrvqa": lambda: opened("ocrvqa", "ocrvqa/dataset.json"),
+        "textvqa": lambda: opened("textvqa", "textvqa/TextVQA_0.5.1_val.json"),
+        "iconqa": lambda: opened("iconqa", "iconqa/problems.json"),
+        "scienceqa": lambda: opened("scienceqa", "scienceqa/problems.json"),
+        "vqa_rad": lambda: opened("vqa_rad", "vqa_rad/VQA_RAD Dataset Public.json"),
+        "slake": lambda: opened("slake", "slake/test.json"),
+        "pathvqa": lambda: opened("pathvqa", "slake/test.json", image_pattern="{img_name}"),  # as JSON, the same keys
     }[source]()
     copy = pickle.loads(pickle.dumps(made))
     assert copy.record(0, 3) == made.record(0, 3)

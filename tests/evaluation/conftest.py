@@ -42,6 +42,7 @@ class TinyPrompt:
     input_ids: Tensor
     pixel_values: Tensor | None
     cluster: int | None = None
+    dataset_index: int | None = None
     connector_ids: Tensor | None = None
 
     @property

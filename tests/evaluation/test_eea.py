@@ -12,7 +12,7 @@ from torch import Tensor
 
 import moe_lvlm
 from moe_lvlm.config.load import load_recipe
-from moe_lvlm.config.recipe import RecordsSettings
+from moe_lvlm.config.records import RecordsSettings
 from moe_lvlm.data.mixture import build_samples, open_records
 from moe_lvlm.evaluation.eea import measure_eea, with_eea_off
 from moe_lvlm.models.llava import MoELlavaForConditionalGeneration

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -10,13 +11,22 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import CLIPImageProcessorPil, LlavaConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    CLIPImageProcessorPil,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
+from moe_lvlm.config.adapter import MoCLESettings
 from moe_lvlm.config.connector import ExpertSettings
 from moe_lvlm.evaluation.generation import Prompt
 from moe_lvlm.evaluation.routing import Answered, RoutingCollector, foreground_of, has_patch_tokens, normalisation
+from moe_lvlm.models.adapt import adapt
 from moe_lvlm.models.config import MoELlavaConfig
 from moe_lvlm.models.instructblip_config import MoEInstructBlipConfig
+from moe_lvlm.models.upcycle import as_moe_llava
 from moe_lvlm.routing.trace import RoutingTrace
 from moe_lvlm.routing.types import RoutingContext, RoutingDecision, Site
 from tests.analysis.traces import connector_trace
@@ -82,6 +92,43 @@ def test_a_language_model_s_experts_make_no_paths(
     collector.update([answered(prompt) for prompt in prompts], batch_size=4)
     assert len(collector.paths) == 0
     assert len(collector.examples) == 4  # one a prompt with images
+
+
+@pytest.mark.parametrize("kind", ["dense", "moe"])
+def test_lora_experts_are_counted_by_task_and_are_no_moe_layers(
+    kind: str,
+    dense_model: LlavaForConditionalGeneration,
+    moe_model: PreTrainedModel,
+    processor: Any,
+    prompts: list[TinyPrompt],
+) -> None:
+    model = copy.deepcopy(moe_model) if kind == "moe" else as_moe_llava(copy.deepcopy(dense_model))
+    adapt(model, MoCLESettings(gating="token", num_experts=3, rank=2, temperature=0.5), seed=0)
+    shake_gates(model)
+    items = [answered(prompt, task=("vqa", "caption")[place % 2]) for place, prompt in enumerate(prompts)]
+    found = []
+    for batch_size in (1, 3):
+        collector = RoutingCollector(model, processor)
+        collector.update(items, batch_size=batch_size)
+        assert collector.adapters is not None
+        assert {name: one.samples for name, one in collector.adapters.subsets.items()} == {"vqa": 4, "caption": 3}
+        tokens = sum(prompt.input_ids.numel() for prompt in prompts[::2])
+        assert collector.adapters.subsets["vqa"].rows_L.tolist() == [tokens] * 6
+        found.append({name: one.experts_LE.tolist() for name, one in collector.adapters.subsets.items()})
+        # what is said of tokens is said of the MoE layers alone
+        assert [site.part for site, _ in collector.statistics.items()] == ["language_model"] * (3 * (kind == "moe"))
+        assert len(collector.examples) == (4 if kind == "moe" else 0)
+        assert len(collector.paths) == 0
+    assert found[0] == found[1]
+    assert RoutingCollector(moe_model, processor).adapters is None
+
+
+def shake_gates(model: PreTrainedModel) -> None:
+    """Gates that are sure of themselves: as drawn they hardly tell experts apart."""
+    generator = torch.Generator().manual_seed(4)
+    for name, parameter in model.named_parameters():
+        if "gate" in name.split("."):
+            parameter.data.add_(torch.randn(parameter.shape, generator=generator))
 
 
 class RoutedByHand:

@@ -14,6 +14,7 @@ from transformers import Blip2Config, Blip2ForConditionalGeneration
 
 from moe_lvlm.config.connector import ExpertSettings
 from moe_lvlm.models.build import build_empty, config_of, open_weights
+from moe_lvlm.models.config import with_fields
 from moe_lvlm.models.instructblip import MoEInstructBlipForConditionalGeneration
 from moe_lvlm.models.weights import load_weights
 from tests.tiny_models import blip_batch, shake, tiny_blip, tiny_blip_config
@@ -131,6 +132,6 @@ def test_nothing_is_left_at_random(missing: str, tmp_path: Path) -> None:
     tensors = load_file(tmp_path / "model.safetensors")
     del tensors[missing]
     save_file(tensors, tmp_path / "model.safetensors")
-    model = build_empty(config_of(tmp_path).with_experts(ExpertSettings(num_layers=2)))
+    model = build_empty(with_fields(config_of(tmp_path), experts=ExpertSettings(num_layers=2).model_dump(mode="json")))
     with pytest.raises(ValueError, match=missing):
         load_weights(model, open_weights(tmp_path))

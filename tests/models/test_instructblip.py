@@ -15,6 +15,7 @@ from torch.testing import assert_close
 from moe_lvlm.config.connector import ExpertSettings
 from moe_lvlm.connectors.upcycle import experts_of
 from moe_lvlm.models.build import build_empty, config_of, open_weights
+from moe_lvlm.models.config import with_fields
 from moe_lvlm.models.connectors import image_draws
 from moe_lvlm.models.context import derive_context
 from moe_lvlm.models.instructblip import MoEInstructBlipForConditionalGeneration
@@ -53,7 +54,8 @@ def test_loads_the_published_layout_and_computes_the_same(
     """Also with experts, which begin as copies of the query FFN."""
     stock, batch = tiny_blip(text), blip_batch(text)
     stock.save_pretrained(tmp_path)
-    model = build_empty(config_of(tmp_path).with_experts(settings))
+    experts = None if settings is None else settings.model_dump(mode="json")
+    model = build_empty(with_fields(config_of(tmp_path), experts=experts))
     load_weights(model, open_weights(tmp_path), router_seed=3)
     model.eval()
     with torch.no_grad():

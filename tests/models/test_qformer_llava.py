@@ -19,6 +19,7 @@ from moe_lvlm.config.recipe import ModelSettings
 from moe_lvlm.connectors.qmoe import QMoEModel
 from moe_lvlm.evaluation.generation import generate_ids
 from moe_lvlm.models.build import build_config, build_dense, build_empty
+from moe_lvlm.models.config import with_fields
 from moe_lvlm.models.context import derive_context
 from moe_lvlm.models.llava import MoELlavaForConditionalGeneration
 from moe_lvlm.models.upcycle import upcycle
@@ -214,7 +215,7 @@ def test_saved_and_loaded(folder: Path, tmp_path: Path) -> None:
     # a plain Q-Former's weights fill a Q-MoE
     plain, _ = build_dense(settings(folder, kind="qformer"), seed=1)
     plain.save_pretrained(tmp_path / "plain")
-    config = plain.config.with_experts(ExpertSettings.model_validate(EXPERTS))
+    config = with_fields(plain.config, experts=ExpertSettings.model_validate(EXPERTS).model_dump(mode="json"))
     sparse = build_empty(config)
     load_weights(sparse, open_source(tmp_path / "plain"))
     with torch.no_grad():

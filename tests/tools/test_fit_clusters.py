@@ -69,8 +69,16 @@ def test_a_table_of_two_files(
     # each file is read once, whoever names it twice
     assert printed.count(f"{one}: 4 records") == 1
     assert "5 distinct instructions\n" in printed
-    assert "cluster 0: 3 records, 2 distinct instructions\n        2 x aaaa\n        1 x aaab\n" in printed
-    assert printed.endswith(f"wrote {out}: 3 clusters, 6 instructions\n")
+    assert "cluster 0: 3 instructions, 2 distinct\n        2 x aaaa\n        1 x aaab\n" in printed
+    index = out.with_suffix(".json")
+    assert printed.endswith(f"wrote {out}: 3 clusters, 6 instructions; {index}\n")
+    found = json.loads(index.read_text())
+    assert [one["instructions"] for one in found["clusters"]] == [3, 2, 1]
+    assert found["clusters"][0]["commonest"][0] == {"instruction": "aaaa", "count": 2}
+    # the same input and seed give the same files
+    before = out.read_bytes(), index.read_bytes()
+    assert tool.main([*arguments, "--assign", evaluated, "--seed", "5"]) == 0
+    assert (out.read_bytes(), index.read_bytes()) == before
 
 
 def test_the_records_of_a_recipe(
@@ -82,7 +90,55 @@ def test_the_records_of_a_recipe(
     table = ClusterTable.load(out)
     assert {table.find("what color is it ?"), table.find("say hello")} == {0, 1}
     assert table.encoder == "sentence-transformers/all-MiniLM-L6-v2"
-    assert "cluster 0: 32 records, 1 distinct instructions" in capsys.readouterr().out
+    assert "cluster 0: 32 instructions, 1 distinct" in capsys.readouterr().out
+
+
+RECIPE = """
+name: asked
+model: {{from_pretrained: x, adapter: {{kind: mocle, num_clusters: 3, gating: cluster}}}}
+data:
+  image_root: {root}
+  mixture:
+    - {{name: asked, source: gqa, path: q.json, image_root: none, instructions: ["{{QUESTION}}", "xxx {{QUESTION}}"]}}
+    - {{name: wanted, source: gqa, path: q.json, image_root: none, instructions: ["zzzz {{ANSWER}}"], weight: 2}}
+    - {{name: said, path: r.json}}
+stages:
+  - {{name: one, train: [connector], steps: 1, learning_rate: 1, mixture: [{{path: none.json}}]}}
+  - {{name: two, adapt: true, train: [adapter], steps: 1, learning_rate: 1}}
+"""
+
+
+@pytest.fixture
+def asked_recipe(tmp_path: Path) -> str:
+    questions = {str(number): {"imageId": "1", "question": "aaa", "answer": "b"} for number in range(3)}
+    (tmp_path / "q.json").write_text(json.dumps(questions))
+    write_records(tmp_path / "r.json", "aaa", "aab")
+    (tmp_path / "asked.yaml").write_text(RECIPE.format(root=tmp_path))
+    return str(tmp_path / "asked.yaml")
+
+
+def test_any_source_and_template(
+    tool: ModuleType, asked: list[Any], asked_recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Images need not be there, nor what stages before the adapting one read; the recipe says how many clusters."""
+    out = tmp_path / "clusters.safetensors"
+    assert tool.main([asked_recipe, "--out", str(out)]) == 0
+    table = ClusterTable.load(out)
+    assert [table.find(text) for text in ("aaa", "aab", "xxx aaa", "zzzz b")] == [0, 0, 1, 2]
+    assert "cluster 0: 5 instructions, 2 distinct\n        4 x aaa\n" in capsys.readouterr().out
+
+
+def test_a_cluster_a_dataset(
+    tool: ModuleType, asked: list[Any], asked_recipe: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "datasets.safetensors"
+    assert tool.main([asked_recipe, "--by-dataset", "--out", str(out)]) == 0
+    table = ClusterTable.load(out)
+    assert table.datasets == ("asked", "wanted", "said")
+    assert [table.find(text) for text in ("aab", "xxx aaa", "zzzz b")] == [2, 0, 1]
+    assert "cluster 1 (wanted): 3 instructions, 1 distinct" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        tool.main([asked_recipe, "--by-dataset", "--clusters", "3", "--out", str(out)])
 
 
 def test_a_dry_run_needs_no_encoder(

@@ -53,6 +53,8 @@ def reproduce(import_tool: Import) -> ModuleType:
 TABLES = {
     "ltdr": ["table1", "table3", "table4", "table5", "table6", "table7", "table11", "table12", "figure1b", "figure4",
              "figure5", "claims"],
+    "mocle": ["table2", "table3", "table4", "table5", "table6", "table7", "figure3_clusters", "figure3_experts",
+              "figure3_temperature", "conflict", "conflict_gating"],
     "qmoe": ["table1", "table2", "table3", "table4", "table5", "table6", "figure3", "claims"],
 }  # fmt: skip
 
@@ -84,6 +86,10 @@ def test_every_row_is_a_recipe_and_every_recipe_a_row(import_tool: Import, paper
         ("claims", "ltdr", ["claims"]),
         ("4", "ltdr", ["table4"]),
         ("ltdr.table3", "ltdr", ["table3"]),
+        ("mocle.table7", "mocle", ["table7"]),
+        ("mocle.7", "mocle", ["table7"]),
+        ("mocle.figure3_clusters", "mocle", ["figure3_clusters"]),
+        ("mocle.3_clusters", "mocle", ["figure3_clusters"]),
         ("qmoe.table4", "qmoe", ["table4"]),
         ("qmoe.4", "qmoe", ["table4"]),
         ("qmoe.3", "qmoe", ["table3"]),
@@ -106,7 +112,7 @@ def test_unknown_names_are_told(reproduce: ModuleType, capsys: pytest.CaptureFix
     assert reproduce.main(["qmoe.table7"]) == 2
     assert "'qmoe.table7': no such table; allowed: table1, table2" in capsys.readouterr().err
     assert reproduce.main(["moe.table1"]) == 2
-    assert "'moe.table1': no paper 'moe'; allowed: ltdr, qmoe, before a dot" in capsys.readouterr().err
+    assert "'moe.table1': no paper 'moe'; allowed: ltdr, mocle, qmoe, before a dot" in capsys.readouterr().err
     assert reproduce.main(["3", "--rows", "dar,vht"]) == 2
     assert "vht: not in table3; allowed: moe_llava_stablelm, dar, eea" in capsys.readouterr().err
     assert reproduce.main(["qmoe.all", "--rows", "pre"]) == 2
@@ -220,6 +226,18 @@ def test_a_connector_has_no_dense_stages_to_share(reproduce: ModuleType, tmp_pat
     assert len(lines) == 1 + 4 + 4 + 4 + 6
     assert {"qmoe_vicuna-tiny-s0  [to do]  qmoe_vicuna", "post-tiny-s0  [to do]  post"} <= set(lines)
     assert not list(tmp_path.iterdir())
+
+
+def test_adapters_share_the_stages_before_them(reproduce: ModuleType, tmp_path: Path, capsys: Any) -> None:
+    """LLaVA's rows begin with one aligned projector, whatever the adapter; InstructBLIP's have one stage."""
+    assert reproduce.main(["mocle.table4", "--rows", "llava_mocle", "--dry-run", "--out", str(tmp_path)]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")]
+    assert [line.partition("-")[0] for line in lines if line.startswith("dense-")] == ["dense"]
+    assert {"llava_lora-tiny-s0  [to do]  llava_lora", "llava_mocle-tiny-s0  [to do]  llava_mocle"} <= set(lines)
+    assert reproduce.main(["mocle.table7", "--dry-run", "--out", str(tmp_path)]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")]
+    assert not any(line.startswith("dense-") for line in lines)
+    assert len(lines) == 1 + 4
 
 
 # jobs

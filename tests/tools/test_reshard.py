@@ -11,13 +11,16 @@ from types import ModuleType
 import pytest
 import torch
 
+from moe_lvlm.checkpoint.base import Base, BaseTensor, record_folder
 from moe_lvlm.checkpoint.fragments import live_model
 from moe_lvlm.checkpoint.original import open_original
 from moe_lvlm.checkpoint.ranks import SingleRank
 from moe_lvlm.checkpoint.reader import Checkpoint
 from moe_lvlm.checkpoint.reshard import plan_reshard
+from moe_lvlm.checkpoint.rewrite import write_checkpoint
 from moe_lvlm.checkpoint.rng import capture_rng
 from moe_lvlm.checkpoint.save import save_checkpoint
+from moe_lvlm.checkpoint.source import open_source, source_files
 from moe_lvlm.config.moe import MoEConfig
 from moe_lvlm.conversion.check import check
 from moe_lvlm.training.lock import lock_folder
@@ -101,6 +104,34 @@ def test_small_files_and_another_name(
         f"note: training knows a checkpoint's stage by its name: it goes on from this one if it is called {NAME}"
         in (capsys.readouterr().out)
     )
+
+
+def test_what_is_left_out(tool: ModuleType, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Stays left out, or is taken in: here a whole checkpoint is the base of one that holds what is trained."""
+    source = Checkpoint(run / "checkpoints" / NAME)
+    frozen = {name: kinds["weight"] for name, kinds in source.index.tensors.items() if "weight" in kinds}
+    base = Base(
+        (record_folder(source.path, source_files(source.path, frozen), name="first"),),
+        {name: BaseTensor(0, name, entry.dtype, entry.shape) for name, entry in frozen.items()},
+    )
+    write_checkpoint(
+        tmp_path / "small",
+        NAME,
+        {name: kinds for name, kinds in open_original(source.path).tensors.items() if name not in frozen},
+        config=source.config,
+        state={key: value for key, value in source.state.items() if key != "format_version"},
+        base=base,
+    )
+    small, kept, whole = (tmp_path / name / NAME for name in ("small", "kept", "whole"))
+    assert tool.main([str(small), str(kept)]) == 0
+    assert f"  left out weight     {len(frozen):>6} tensors {base.num_bytes:>20,} bytes" in capsys.readouterr().out
+    assert tool.main([str(small), str(whole), "--whole"]) == 0
+    assert "left out" not in capsys.readouterr().out
+    for path, is_whole in ((kept, False), (whole, True)):
+        assert check(path).problems == ()
+        assert (Checkpoint(path).base is None) == is_whole
+        for name in source.index.tensors:
+            assert torch.equal(open_source(path).read(name), open_source(source.path).read(name))
 
 
 @pytest.mark.parametrize(

@@ -63,6 +63,26 @@ def test_events_and_curves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
         assert (scalar.step, scalar.value) == (12, pytest.approx(value))
 
 
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [(("0", "connector.0", "x"), "25/75"), (("connector.0", "x"), "40/40/20"), (("x",), "0/0/50/50")],
+)
+def test_experts_of_one_part_are_shown(
+    names: tuple[str, ...], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Parts have experts of their own, and not as many: the language model, a connector, adapters."""
+    loads = {
+        "0": {"language": [1, 3]},
+        "connector.0": {"vision": [2, 2, 1]},
+        "x": {"language": [0, 0, 1, 0], "vision": [0, 0, 0, 1]},
+    }
+    given = {"adapter.self_attn.q_proj.0" if name == "x" else name: loads[name] for name in names}
+    log = RunLog(tmp_path, is_enabled=True)
+    log.show("tune", 1, 2, VALUES | {"expert_load": given})
+    log.close()
+    assert f"experts {expected} %" in capsys.readouterr().err
+
+
 def test_a_loss_that_is_no_number_is_json_all_the_same(tmp_path: Path) -> None:
     """A skipped step's: other languages' readers refuse NaN."""
     log = RunLog(tmp_path, is_enabled=True)

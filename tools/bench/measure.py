@@ -5,17 +5,26 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from bench.layers import BenchLayer
-from bench.problem import Problem
 from bench.variants import DENSE
 
 MIB = 2**20
+
+
+class Given(Protocol):
+    """What a layer is run on: an input, and the gradient of its output."""
+
+    @property
+    def x_BSD(self) -> Tensor: ...
+
+    @property
+    def grad_BSD(self) -> Tensor: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +40,8 @@ class Timings:
 
 
 def time_interleaved(
-    layers: dict[str, BenchLayer],
-    problem: Problem,
+    layers: Mapping[str, nn.Module],
+    problem: Given,
     *,
     repeats: int,
     warmup: int,
@@ -63,7 +72,7 @@ def time_interleaved(
     return Timings(seconds, is_interrupted=False)
 
 
-def run_once(layer: BenchLayer, problem: Problem, clock: Callable[[], float] = time.perf_counter) -> float:
+def run_once(layer: nn.Module, problem: Given, clock: Callable[[], float] = time.perf_counter) -> float:
     """Seconds of one forward and backward pass; gradients are made anew, as after zero_grad(set_to_none=True)."""
     x_BSD = problem.x_BSD.detach().requires_grad_()
     _synchronize(x_BSD.device)
@@ -80,7 +89,7 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def saved_mib(layer: BenchLayer, problem: Problem) -> float:
+def saved_mib(layer: nn.Module, problem: Given) -> float:
     """MiB that autograd keeps between forward and backward: each storage once, parameters left out."""
     parameters = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
     kept: dict[int, Tensor] = {}
@@ -96,7 +105,7 @@ def saved_mib(layer: BenchLayer, problem: Problem) -> float:
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / MIB
 
 
-def peak_mib(layer: BenchLayer, problem: Problem) -> float | None:
+def peak_mib(layer: nn.Module, problem: Given) -> float | None:
     """Peak MiB of device memory above what lay there before; None where the device does not tell (CPU)."""
     device = problem.x_BSD.device
     if device.type != "cuda":

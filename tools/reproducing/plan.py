@@ -131,16 +131,16 @@ def _run(names: tuple[str, ...], seed: int, digest: str, existing: dict[str, Pat
 
 
 def _dense(recipe: Recipe, options: Options) -> Dense | None:
-    """The stages before the upcycling one. Nothing of them depends on the MoE, so that and what only routers read is
-    left at its default. Attention weights, which only a router asks for (`eager`), are computed in another order by
+    """The stages before the one that upcycles or adapts. Nothing of them depends on the MoE or the adapter, so these and
+    what only routers and gates read are left at their defaults. Attention weights, which only a router asks for (`eager`), are computed in another order by
     other kernels: rounding. Such a row begins with the same dense model as the others all the same."""
-    sparse = next((index for index, stage in enumerate(recipe.stages) if stage.upcycle), 0)
+    sparse = next((index for index, stage in enumerate(recipe.stages) if stage.upcycle or stage.adapt), 0)
     if sparse == 0:
         return None
     attention = "sdpa" if recipe.model.attention == "eager" else recipe.model.attention
     dense = recipe.model_copy(
         update={
-            "model": recipe.model.model_copy(update={"attention": attention}),
+            "model": recipe.model.model_copy(update={"attention": attention, "adapter": None}),
             "moe": MoEConfig(),
             "data": recipe.data.model_copy(update={"task_types": (), "clusters": None}),
             "parallel": recipe.parallel.model_copy(update={"expert_parallel_size": 1}),

@@ -47,7 +47,10 @@ class _Contender:
         self.task = run.recipe.evaluation.tasks[0]
         questions = read_questions(self.task, run.recipe.data, limit=NUM_QUESTIONS)
         prompt = self.loaded.builder.prompt
-        self.prompts = [prompt(one.turns, one.load_images(), connector_words=one.connector_words) for one in questions]
+        self.prompts = [
+            prompt(one.turns, one.load_images(), connector_words=one.connector_words, dataset=one.source.name)
+            for one in questions
+        ]
         self.batch_size = run.recipe.evaluation.batch_size
         self.batches = _batches(run.recipe, self.loaded)
         select_trainable(self.loaded.model, run.recipe.stages[-1].train)

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
 from moe_lvlm.analysis.paths import PathStatistics, path_label
-from moe_lvlm.analysis.plots.style import BLUE, INK, expert_colors, label_shares, panels, percent, styled
+from moe_lvlm.analysis.plots.style import INK, SHARES, expert_colors, label_shares, panels, percent, styled
 
 TOP_PATHS = 6
 """As many rows has the paper's figure."""
 
-_INTENSITY = LinearSegmentedColormap.from_list("share", ["#F4F7FA", "#9CC9E6", BLUE, "#00304D"])
 _DARK_FROM = 0.5
 _LOAD_COLUMNS = 3
 _LABELLED_SHARE = 0.12
@@ -43,7 +41,7 @@ def draw_paths_by_task(axis: Axes, statistics: PathStatistics, *, limit: int = T
         labels.append("others")
     else:
         shares = shares[:-1]
-    image = axis.imshow(shares, cmap=_INTENSITY, vmin=0, vmax=float(shares.max()), aspect="auto")
+    image = axis.imshow(shares, cmap=SHARES, vmin=0, vmax=float(shares.max()), aspect="auto")
     for (row, column), share in np.ndenumerate(shares):
         color = "white" if share > _DARK_FROM * shares.max() else INK
         axis.text(column, row, f"{share:.1%}" if share else "0", ha="center", va="center", color=color, fontsize=8)

@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.container import BarContainer
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
@@ -19,6 +20,8 @@ from numpy.typing import NDArray
 BLUE, ORANGE, GREEN, PINK, SKY, VERMILION = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"
 LANGUAGE, VISION, CHANCE, INK, FAINT = BLUE, VERMILION, "#8A8F98", "#22262B", "#E4E7EB"
 CYCLE = (BLUE, ORANGE, GREEN, PINK, SKY, VERMILION)
+#: Shares in heat maps: from almost the page's white to almost black.
+SHARES = LinearSegmentedColormap.from_list("share", ["#F4F7FA", "#9CC9E6", BLUE, "#00304D"])
 
 _SETTINGS: dict[str, Any] = {
     "font.family": "DejaVu Sans",

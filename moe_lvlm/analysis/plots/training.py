@@ -21,7 +21,7 @@ from moe_lvlm.analysis.plots.style import (
     spread,
     styled,
 )
-from moe_lvlm.routing.types import LANGUAGE_MODEL
+from moe_lvlm.routing.types import CONNECTOR, LANGUAGE_MODEL
 
 Steps = Sequence[dict[str, Any]]
 
@@ -64,7 +64,7 @@ def load_over_training(steps: Steps, *, part: str = LANGUAGE_MODEL) -> Figure | 
                 axis = grid[row][column]
                 num_experts = max(num_experts, _load_lines(axis, routed, layer, kind))
                 axis.set_title(f"Layer {site_of(layer).layer}" if row == 0 else "")
-            rows = f"{kind} tokens" if part == LANGUAGE_MODEL else "images"
+            rows = "images" if part == CONNECTOR else f"{kind} tokens"
             grid[row][0].set_ylabel(f"{rows}\nshare of assignments")
             grid[row][0].yaxis.set_major_formatter(percent)
         for axis in grid[-1]:

@@ -9,6 +9,7 @@ from typing import Any
 from moe_lvlm.data.errors import DataFileError
 from moe_lvlm.data.json_files import check_suffix, read_json
 from moe_lvlm.data.published.dataset import Dataset, Fields, Files, Item, held, read_list, texts_of
+from moe_lvlm.data.published.ocr_tokens import ocr_tokens_of, with_ocr_tokens
 from moe_lvlm.data.records import describe
 
 _COCO_UNUSED = frozenset(
@@ -74,7 +75,7 @@ def _karpathy_row(raw: object) -> object:
 
 def _read_textcaps(files: Files) -> Iterable[object]:
     listed, _ = read_list(files.path, "data", drop=_TEXTCAPS_UNUSED)
-    rows = map(_textcaps_row, listed)
+    rows = with_ocr_tokens(map(_textcaps_row, listed), files)
     return _by_image(rows, "image_id") if files.by_image else rows
 
 
@@ -100,7 +101,13 @@ def _by_image(rows: Iterable[Any], key: str) -> Iterator[object]:
 
 def _parse(fields: Fields) -> Item:
     captions = texts_of(fields, "captions")
-    return Item(question=None, answers=captions, answer=captions[0], facts={"references": list(captions)})
+    return Item(
+        question=None,
+        answers=captions,
+        answer=captions[0],
+        facts={"references": list(captions)},
+        ocr_tokens=ocr_tokens_of(fields),
+    )
 
 
 COCO_CAPTIONS = Dataset(read=_read_coco, parse=_parse, id_key="image_id", image_pattern="{file_name}")

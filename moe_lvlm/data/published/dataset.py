@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,11 +16,13 @@ Fields = Mapping[str, Any]
 
 
 class Files(NamedTuple):
-    """annotations: where answers are kept apart from the questions in `path`. by_image: one caption record an image."""
+    """annotations: where answers are kept apart from the questions in `path`. ocr_tokens: the words read in the images.
+    by_image: one caption record an image."""
 
     path: Path
     annotations: Path | None
     by_image: bool
+    ocr_tokens: Path | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,7 +31,8 @@ class Item:
 
     question: None if the image is to be captioned. options: what there is to choose from.
     answers: right ones, at least one; training draws among them, each as likely. answer: the one that is shown as right.
-    facts: what metrics ask for, by the keys that LLaVA records have for it.
+    facts: what metrics ask for, by the keys that LLaVA records have for it. ocr_tokens: words that were read in the image.
+    context: a text beside it.
     """
 
     question: str | None
@@ -37,6 +40,8 @@ class Item:
     answer: str
     options: tuple[str, ...] = ()
     facts: Fields = field(default_factory=dict)
+    ocr_tokens: tuple[str, ...] = ()
+    context: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,6 +71,22 @@ def read_list(
     if key is not None and isinstance(content, dict) and isinstance(content.get(key), list):
         return content[key], content
     raise DataFileError(f"{path}: holds {held(content)}; allowed is {wanted}")
+
+
+def read_by_id(
+    path: Path, what: str, id_key: str, *, drop: frozenset[str] = frozenset()
+) -> Iterator[tuple[str, object]]:
+    """The objects of a file that is an object of them by id, each with its id, which it gets as a field.
+
+    what: the objects, in words. Raises DataFileError.
+    """
+    wanted = f"an object of {what} by id"
+    check_suffix(path, (".json",))
+    content = read_json(path, drop=drop, allowed=wanted)
+    if not isinstance(content, dict):
+        raise DataFileError(f"{path}: holds {held(content)}; allowed is {wanted}")
+    for key, value in content.items():
+        yield key, {id_key: key, **value} if isinstance(value, dict) else value
 
 
 def held(content: object) -> str:

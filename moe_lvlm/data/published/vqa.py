@@ -6,8 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 
 from moe_lvlm.data.errors import DataFileError, RecordFault
-from moe_lvlm.data.json_files import check_suffix, read_json
-from moe_lvlm.data.published.dataset import Dataset, Fields, Files, Item, held, list_of, read_list, text_of
+from moe_lvlm.data.published.dataset import Dataset, Fields, Files, Item, list_of, read_by_id, read_list, text_of
 from moe_lvlm.data.records import check_text, describe
 
 # Programs, scene graph references and groups are most of GQA's files.
@@ -20,12 +19,7 @@ _VQA_UNUSED = frozenset(
 
 
 def _read_gqa(files: Files) -> Iterator[object]:
-    check_suffix(files.path, (".json",))
-    content = read_json(files.path, drop=_GQA_UNUSED, allowed="an object of questions by id")
-    if not isinstance(content, dict):
-        raise DataFileError(f"{files.path}: holds {held(content)}; allowed is an object of questions by id")
-    for key, question in content.items():
-        yield {"question_id": key, **question} if isinstance(question, dict) else question
+    return (question for _, question in read_by_id(files.path, "questions", "question_id", drop=_GQA_UNUSED))
 
 
 def _parse_gqa(fields: Fields) -> Item:
@@ -70,7 +64,7 @@ def _read_vizwiz(files: Files) -> list[object]:
     return questions
 
 
-def _parse_vqa(fields: Fields) -> Item:
+def parse_vqa(fields: Fields) -> Item:
     """Ten people's answers. Blank ones, of which VizWiz has a few, stay for metrics and are never taught."""
     if "answers" not in fields:
         raise RecordFault("the question has no `answers`: its annotation is missing, or its split has none")
@@ -95,8 +89,8 @@ def _answer(place: int, raw: object) -> str:
 GQA = Dataset(read=_read_gqa, parse=_parse_gqa, id_key="question_id", image_pattern="{imageId}.jpg")
 VQA = Dataset(
     read=_read_vqa,
-    parse=_parse_vqa,
+    parse=parse_vqa,
     id_key="question_id",
     image_pattern="COCO_{data_subtype}_{image_id:012d}.jpg",
 )
-VIZWIZ = Dataset(read=_read_vizwiz, parse=_parse_vqa, id_key="image", image_pattern="{image}")
+VIZWIZ = Dataset(read=_read_vizwiz, parse=parse_vqa, id_key="image", image_pattern="{image}")

@@ -42,6 +42,11 @@ def sample_noise(draw_R: Tensor, *, layer: int, num_experts: int, std: float) ->
     return (std * normal_RE).float()
 
 
+def spread_draws(draw_R: Tensor, index_R: Tensor) -> Tensor:
+    """Int64 [R]: a number for each part `index` (0 and above) of what a draw brought, such as a token of a sample."""
+    return _mix(_mix(draw_R.to(torch.int64) + _signed(_STEP)) + (index_R.to(torch.int64) + 1) * _signed(_STEP))
+
+
 def _mix(state: Tensor) -> Tensor:
     """SplitMix64's finaliser on int64, whose products wrap around as those of unsigned numbers do."""
     state = (state ^ _shift(state, _SHIFTS[0])) * _signed(_MULTIPLIERS[0])

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from moe_lvlm.connectors.noise import sample_noise
+from moe_lvlm.routing.noise import sample_noise
 
 _MASK = (1 << 64) - 1
 
