@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -19,6 +19,7 @@ from moe_lvlm.analysis.statistics import RoutingStatistics
 
 TRAINING_DATA = "_training_data"
 """Folder in eval/ of what the evaluation found of the training data; no evaluation set's name begins so."""
+_Statistics = TypeVar("_Statistics", RoutingStatistics, PathStatistics, AdapterStatistics)
 _PREDICTION_KEYS = ("key", "task", "image", "question", "prediction", "answer", "correct")
 _SCORE_KEYS = ("accuracy", "majority", "n")
 
@@ -158,43 +159,24 @@ class RunFolder:
     @cached_property
     def routing(self) -> RoutingStatistics | None:
         """Routing statistics of all evaluation sets together, or None if no MoE layer was measured."""
-        total: RoutingStatistics | None = None
-        for path in self._evaluated("routing.npz"):
-            statistics = RoutingStatistics.from_npz(path)
-            if total is None:
-                total = statistics
-            else:
-                total.merge(statistics)
-        return total if total is not None and len(total) else None
+        return _merged(RoutingStatistics.from_npz(path) for path in self._evaluated("routing.npz"))
 
     @cached_property
     def paths(self) -> PathStatistics | None:
         """Expert paths of all evaluation sets together, or None if no image passed a connector with experts."""
-        total = PathStatistics()
-        for path in self._evaluated("paths.json"):
-            total.merge(PathStatistics.load(path))
-        return total if len(total) else None
+        return _merged(PathStatistics.load(path) for path in self._evaluated("paths.json"))
 
     @cached_property
     def adapters(self) -> AdapterStatistics | None:
         """Decisions of LoRA experts in all evaluation sets together, or None if there are none."""
-        total: AdapterStatistics | None = None
-        for path in self._evaluated("adapters.json"):
-            if path.parent.name == TRAINING_DATA:
-                continue
-            statistics = AdapterStatistics.load(path)
-            if total is None:
-                total = statistics
-            else:
-                total.merge(statistics)
-        return total if total is not None and len(total) else None
+        paths = (path for path in self._evaluated("adapters.json") if path.parent.name != TRAINING_DATA)
+        return _merged(AdapterStatistics.load(path) for path in paths)
 
     @cached_property
     def training_adapters(self) -> AdapterStatistics | None:
         """The same of a sample of the training data."""
         path = self.path / "eval" / TRAINING_DATA / "adapters.json"
-        statistics = AdapterStatistics.load(path) if path.is_file() else None
-        return statistics if statistics is not None and len(statistics) else None
+        return _merged([AdapterStatistics.load(path)] if path.is_file() else [])
 
     @cached_property
     def instructions(self) -> InstructionSample | None:
@@ -259,6 +241,17 @@ def read_json_lines(path: Path) -> Iterator[dict[str, Any]]:
     for number, line in enumerate(path.read_text(encoding="utf-8").split("\n")[:-1], start=1):
         if line.strip():
             yield _parse(line, where=f"{path}: line {number}")
+
+
+def _merged(parts: Iterable[_Statistics]) -> _Statistics | None:
+    """All parts of an evaluation together, added to the first; None where nothing was measured."""
+    total: _Statistics | None = None
+    for part in parts:
+        if total is None:
+            total = part
+        else:
+            total.merge(part)
+    return total if total is not None and len(total) else None
 
 
 def _parse(text: str, *, where: str) -> dict[str, Any]:

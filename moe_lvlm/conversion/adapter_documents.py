@@ -282,10 +282,11 @@ def _what(facts: AdapterFacts) -> Iterator[str]:
             f"{str(facts.dtype).removeprefix('torch.')}."
         )
         if facts.unit != "model":
+            has_universal = getattr(read.settings, "has_universal", False)
             yield (
                 f"`{INDEX}` holds the gates G of every linear: the expert has the weight "
-                f"{'G squared' if getattr(read.settings, 'compat', None) == 'released' else 'G'}"
-                f"{', the universal one 1 - G' if getattr(read.settings, 'has_universal', False) else ''}."
+                f"{'G squared' if has_universal and getattr(read.settings, 'compat', None) == 'released' else 'G'}"
+                f"{', the universal one 1 - G' if has_universal else ''}."
             )
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from moe_lvlm.checkpoint.documents import SLACK_BYTES
 from moe_lvlm.checkpoint.files import Advance, StreamedTensor, require_free_bytes
-from moe_lvlm.checkpoint.model_folder import DEFAULT_SHARD_BYTES, WrittenFolder, check_target
+from moe_lvlm.checkpoint.model_folder import DEFAULT_SHARD_BYTES, WrittenFolder
 from moe_lvlm.checkpoint.source import LazySource, LazyTensor
 from moe_lvlm.conversion.adapter_base import on_disk
 from moe_lvlm.conversion.adapter_check import (
@@ -44,7 +44,7 @@ from moe_lvlm.conversion.adapter_documents import (
 )
 from moe_lvlm.conversion.adapter_plan import AdapterPlan
 from moe_lvlm.conversion.adapter_rows import PlainAdapter
-from moe_lvlm.conversion.export import check_license
+from moe_lvlm.conversion.export import check_license, export_folder
 from moe_lvlm.conversion.export_check import memory_available, memory_needed
 from moe_lvlm.conversion.folder import without_paths
 from moe_lvlm.conversion.tree import new_folder, saved_files, write_files, write_model_tree
@@ -84,10 +84,7 @@ def export_adapters(
         OSError: the disk is full, or fails; nothing is left behind then.
     """
     check_license(license)
-    folder = Path(target).absolute()
-    if plan.source.absolute().is_relative_to(folder):
-        raise ValueError(f"{folder}: holds what is exported; choose another folder")
-    check_target(folder, is_overwriting=is_overwriting)
+    folder = export_folder(plan.source, target, is_overwriting=is_overwriting)
     started = time.monotonic()
     folder.parent.mkdir(parents=True, exist_ok=True)
     require_free_bytes(folder.parent, plan.num_bytes + SLACK_BYTES)

@@ -162,10 +162,7 @@ def export_model(
         OSError: the disk is full, or fails; nothing is left behind then.
     """
     check_license(license)
-    folder = Path(target).absolute()
-    if plan.source.absolute().is_relative_to(folder):
-        raise ValueError(f"{folder}: holds what is exported; choose another folder")
-    check_target(folder, is_overwriting=is_overwriting)
+    folder = export_folder(plan.source, target, is_overwriting=is_overwriting)
     written = write_model_folder(
         folder,
         plan.tensors,
@@ -233,6 +230,15 @@ def check_license(license: str) -> None:
     """ValueError for what cannot be an identifier of the Hub."""
     if not _LICENSE.fullmatch(license):
         raise ValueError(f"license: {license!r}; allowed: an identifier such as apache-2.0, llama2, other, unknown")
+
+
+def export_folder(source: Path, target: str | Path, *, is_overwriting: bool) -> Path:
+    """The folder to write into, absolute. ValueError if it may not be written, or holds what is exported."""
+    folder = Path(target).absolute()
+    if source.absolute().is_relative_to(folder):
+        raise ValueError(f"{folder}: holds what is exported; choose another folder")
+    check_target(folder, is_overwriting=is_overwriting)
+    return folder
 
 
 def widest_dtype(source: WeightSource) -> torch.dtype:

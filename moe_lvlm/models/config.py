@@ -12,15 +12,16 @@ from moe_lvlm.config.moe import MoEConfig
 
 
 class VLMConfigParts:
-    """Typed forms of what our configurations add to those of transformers."""
+    """Typed forms of what our configurations add to those of transformers. moe: None where it is no field."""
 
+    moe: dict[str, Any] | None = None
     experts: dict[str, Any] | None
     adapter: dict[str, Any] | None
 
     @property
     def moe_config(self) -> MoEConfig | None:
         """The mixture of experts in the language model; None for a dense one."""
-        return None
+        return None if self.moe is None else MoEConfig.model_validate(self.moe)
 
     @property
     def expert_settings(self) -> ExpertSettings | None:
@@ -34,13 +35,13 @@ class VLMConfigParts:
 
     @property
     def has_gated_adapter(self) -> bool:
-        """Whether gates choose among LoRA experts."""
-        return isinstance(self.adapter_settings, MoCLESettings)
+        """Whether gates choose among LoRA experts. Asked in every forward pass, so nothing is validated here."""
+        return self.adapter is not None and self.adapter["kind"] == "mocle"
 
     @property
     def is_routed(self) -> bool:
-        """Whether anything in the model makes routing decisions."""
-        return self.moe_config is not None or self.experts is not None or self.has_gated_adapter
+        """Whether anything in the model makes routing decisions; as cheap."""
+        return self.moe is not None or self.experts is not None or self.has_gated_adapter
 
     @property
     def prompt_facts(self) -> frozenset[str]:
@@ -77,11 +78,6 @@ class MoELlavaConfig(VLMConfigParts, LlavaConfig):
     num_query_tokens: int = 32
     experts: dict[str, Any] | None = None
     adapter: dict[str, Any] | None = None
-
-    @property
-    def moe_config(self) -> MoEConfig | None:
-        """The typed form of `moe`."""
-        return None if self.moe is None else MoEConfig.model_validate(self.moe)
 
     @property
     def qformer_config(self) -> InstructBlipQFormerConfig | None:
