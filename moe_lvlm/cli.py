@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_lvlm import __version__
+from moe_lvlm.command_line import Commands, add_recipe_arguments, add_run_argument, command, positive
 
 if TYPE_CHECKING:
     from moe_lvlm.config.recipe import Recipe
@@ -73,60 +74,20 @@ def _complain(message: str) -> None:
         print(message, file=sys.stderr)
 
 
-def _command(
-    commands: argparse._SubParsersAction[argparse.ArgumentParser], name: str, help_text: str, *examples: str
-) -> argparse.ArgumentParser:
-    parser = commands.add_parser(
-        name,
-        help=help_text,
-        description=f"{help_text[0].upper()}{help_text[1:]}.",
-        epilog="\n  ".join(["example:", *examples]),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return parser
-
-
-def _add_recipe_arguments(parser: argparse.ArgumentParser, *, recipe_is_optional: bool = False) -> None:
-    parser.add_argument(
-        "recipe",
-        metavar="RECIPE",
-        nargs="?" if recipe_is_optional else None,
-        help="a name from `moe-lvlm recipes`, or the path of a YAML file",
-    )
-    parser.add_argument(
-        "overrides",
-        metavar="key=value",
-        nargs="*",
-        help="settings in place of the recipe's, such as stages.0.steps=20, or scale=tiny",
-    )
-
-
-def _add_run_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", metavar="RUN", type=Path, help="the folder of a run, such as runs/quickstart")
-
-
 def _add_device_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="default: float32")
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r}; allowed: a whole number above 0")
-    return int(text)
-
-
-def _add_train(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = _command(
+def _add_train(commands: Commands) -> None:
+    parser = command(
         commands,
         "train",
         "train the stages of a recipe, or go on where an unfinished run stopped",
         "torchrun --standalone --nproc_per_node 2 -m moe_lvlm train quickstart train.precision=bf16",
         "moe-lvlm train ltdr/ltdr_stablelm scale=tiny",
     )
-    _add_recipe_arguments(parser)
+    add_recipe_arguments(parser)
     parser.add_argument(
         "--dry-run",
         action="store_true",
@@ -165,16 +126,16 @@ def _train(arguments: argparse.Namespace) -> None:
         raise SystemExit(FAILED) from error
 
 
-def _add_eval(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = _command(
+def _add_eval(commands: Commands) -> None:
+    parser = command(
         commands,
         "eval",
         "answer the questions of a run's evaluation sets by free generation, and score the answers",
         "moe-lvlm eval runs/quickstart --limit 100",
     )
-    _add_run_argument(parser)
-    parser.add_argument("--limit", type=_positive, metavar="N", help="at most N records of each set")
-    parser.add_argument("--batch-size", type=_positive, metavar="N", help="default: the recipe's evaluation.batch_size")
+    add_run_argument(parser)
+    parser.add_argument("--limit", type=positive, metavar="N", help="at most N records of each set")
+    parser.add_argument("--batch-size", type=positive, metavar="N", help="default: the recipe's evaluation.batch_size")
     _add_device_arguments(parser)
     parser.set_defaults(handler=_eval)
 
@@ -191,14 +152,14 @@ def _eval(arguments: argparse.Namespace) -> None:
     )
 
 
-def _add_report(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = _command(
+def _add_report(commands: Commands) -> None:
+    parser = command(
         commands,
         "report",
         "draw a run's losses, scores and routing into one HTML page",
         "moe-lvlm report runs/quickstart",
     )
-    _add_run_argument(parser)
+    add_run_argument(parser)
     parser.set_defaults(handler=_report)
 
 
@@ -208,14 +169,14 @@ def _report(arguments: argparse.Namespace) -> None:
     print(f"report: {write_report(arguments.run)}")
 
 
-def _add_chat(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = _command(
+def _add_chat(commands: Commands) -> None:
+    parser = command(
         commands,
         "chat",
         "ask a run's model about an image: one question, or a conversation when none is given",
         'moe-lvlm chat runs/quickstart --image scene.png "what color is the background ?"',
     )
-    _add_run_argument(parser)
+    add_run_argument(parser)
     parser.add_argument("--image", type=Path, help="the image to ask about (left out: text alone)")
     parser.add_argument(
         "question", metavar="QUESTION", nargs="?", help="left out: questions are read from the terminal"
@@ -229,15 +190,15 @@ def _chat(arguments: argparse.Namespace) -> None:
     chat(arguments.run, arguments.image, arguments.question)
 
 
-def _add_recipes(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    parser = _command(
+def _add_recipes(commands: Commands) -> None:
+    parser = command(
         commands,
         "recipes",
         "list the recipes, or print one with its defaults and overrides filled in",
         "moe-lvlm recipes quickstart stages.0.steps=20",
         "moe-lvlm recipes ltdr/dar scale=tiny",
     )
-    _add_recipe_arguments(parser, recipe_is_optional=True)
+    add_recipe_arguments(parser, recipe_is_optional=True)
     parser.add_argument("--folder", action="store_true", help="print only the folder that the recipe's run goes to")
     parser.set_defaults(handler=_recipes)
 
