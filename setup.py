@@ -34,6 +34,7 @@ setup(
         "moe_lvlm.data": ["packs/**/*"],
         "moe_lvlm.ds_configs": ["*.json", "README.md"],
         "moe_lvlm.recipes": ["**/*.yaml"],
+        "moe_lvlm.slurm": ["environment.sh", "templates/*.j2"],
     },
     install_requires=[
         "torch>=2.11,<2.14",

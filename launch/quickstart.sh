@@ -31,8 +31,8 @@ done
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$root"
 bash launch/install.sh
-export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"
-cli=("$root/.venv/bin/python" -m moe_lvlm)
+PYTHON="$root/.venv/bin/python"
+cli=("$PYTHON" -m moe_lvlm)
 run="$("${cli[@]}" recipes quickstart "$@" --folder)"
 
 if [ -e "$run/DONE" ]; then
@@ -44,6 +44,9 @@ else
         exit 1
     fi
 fi
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(nproc)}" # one process now: it may have all cores
+# shellcheck source=/dev/null
+. moe_lvlm/slurm/environment.sh
 "${cli[@]}" eval "$run"
 "${cli[@]}" report "$run"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,9 @@ from typing import TYPE_CHECKING
 
 from moe_lvlm import __version__
 from moe_lvlm.command_line import Commands, add_recipe_arguments, add_run_argument, command, positive
+from moe_lvlm.monitoring.command import add_logs, add_status
+from moe_lvlm.preflight.command import add_preflight
+from moe_lvlm.slurm.command import add_submit
 
 if TYPE_CHECKING:
     from moe_lvlm.config.recipe import Recipe
@@ -37,6 +41,10 @@ def build_parser() -> tuple[argparse.ArgumentParser, Mapping[str, argparse.Argum
     _add_report(commands)
     _add_chat(commands)
     _add_recipes(commands)
+    add_submit(commands)
+    add_status(commands)
+    add_logs(commands)
+    add_preflight(commands)
     return parser, commands.choices
 
 
@@ -98,14 +106,26 @@ def _add_train(commands: Commands) -> None:
     start.add_argument(
         "--fresh", action="store_true", help="start from the beginning, over what the run's folder holds"
     )
+    parser.add_argument("--until", metavar="STAGE", help="end when this stage is done")
+    parser.add_argument(
+        "--stop-signal",
+        choices=("USR1", "USR2"),
+        help="a signal that, like SIGTERM, asks to save after the step and to end (for batch systems)",
+    )
     parser.set_defaults(handler=_train)
 
 
 def _train(arguments: argparse.Namespace) -> None:
+    stop_signal = None if arguments.stop_signal is None else signal.Signals[f"SIG{arguments.stop_signal}"]
+    if stop_signal is not None:
+        # until training listens, and from its end to the end of the process; the batch system asks again
+        signal.signal(stop_signal, signal.SIG_IGN)
     from moe_lvlm.config.deepspeed import resolve_deepspeed
     from moe_lvlm.config.load import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
+    if arguments.until is not None:
+        recipe.stage_index(arguments.until)
     if arguments.dry_run:
         from moe_lvlm.training.dry_run import describe
 
@@ -115,15 +135,17 @@ def _train(arguments: argparse.Namespace) -> None:
         resolve_deepspeed(recipe, stage, int(os.environ.get("WORLD_SIZE", "1")))
 
     from moe_lvlm.checkpoint.ranks import SaveError
+    from moe_lvlm.parallel.process_group import leave_world
     from moe_lvlm.training.run import train
 
     try:
-        train(recipe, resume=not arguments.fresh)
+        train(recipe, resume=not arguments.fresh, stop_signal=stop_signal, until=arguments.until)
     except SaveError as error:  # a full disk and the like, said by all ranks in one sentence
         if arguments.debug:
             raise
         _complain(f"error: {error}")
         raise SystemExit(FAILED) from error
+    leave_world()
 
 
 def _add_eval(commands: Commands) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from moe_lvlm import cli
 
-COMMANDS = ["train", "eval", "report", "chat", "recipes"]
+COMMANDS = ["train", "eval", "report", "chat", "recipes", "submit", "status", "logs", "preflight"]
 
 
 def run_module(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -164,7 +164,13 @@ def test_overrides_may_stand_anywhere(
 
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert cli.main(arguments) == 0
-    assert calls == [("train", load_recipe("quickstart", ["seed=7", "stages.0.steps=20"]), {"resume": False})]
+    assert calls == [
+        (
+            "train",
+            load_recipe("quickstart", ["seed=7", "stages.0.steps=20"]),
+            {"resume": False, "stop_signal": None, "until": None},
+        )
+    ]
 
 
 def test_handlers_pass_everything_on(calls: list[tuple[object, ...]], capsys: pytest.CaptureFixture[str]) -> None:

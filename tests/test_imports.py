@@ -32,6 +32,9 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": {*MAIN_LINE, "data", "checkpoint", "analysis"},
     "training": {*MAIN_LINE, "parallel", "data", "checkpoint", "analysis", "evaluation"},
     "recipes": set(),
+    "slurm": {"config"},
+    "preflight": set(),
+    "monitoring": {"config"},
 }
 # Not asked: the modules at the top (cli, __init__, __main__), which serve every room.
 DEEPSPEED_ROOMS = {"parallel", "training", "checkpoint"}

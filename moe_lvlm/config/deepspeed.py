@@ -45,6 +45,8 @@ _MECHANICS = (
     "timers",
     "wall_clock_breakdown",
 )
+# JSON has no comments: what this key says, a string or a list of them, is for readers.
+_COMMENT = "_comment"
 _NEVER = 10**9  # steps between DeepSpeed's own log lines: ours say the same
 
 
@@ -110,6 +112,7 @@ def _read_mechanics(name_or_path: str) -> tuple[Path, dict[str, Any]]:
         raise RecipeError(f"{path}: not a JSON file: {error}") from error
     if not isinstance(data, dict):
         raise RecipeError(f"{path}: a DeepSpeed file is a JSON object, this is {data!r}")
+    _check_comment(path, data.pop(_COMMENT, ""))
     for key, value in data.items():
         if key in _OWNERS:
             for place, literal in _literals(value, key):
@@ -117,9 +120,16 @@ def _read_mechanics(name_or_path: str) -> tuple[Path, dict[str, Any]]:
                     f'{path}: {place}: {literal!r} does not belong here but to {_OWNERS[key]}; allowed: "auto", or absent'
                 )
         elif key not in _MECHANICS:
-            hint = did_you_mean(key, [*_MECHANICS, *_OWNERS])
-            raise RecipeError(f"{path}: {key}: unknown key{hint}; allowed: {', '.join(_MECHANICS)}")
+            hint = did_you_mean(key, [*_MECHANICS, *_OWNERS, _COMMENT])
+            allowed = ", ".join((*_MECHANICS, _COMMENT))
+            raise RecipeError(f"{path}: {key}: unknown key{hint}; allowed: {allowed}")
     return path, {key: value for key, value in data.items() if key in _MECHANICS and value != "auto"}
+
+
+def _check_comment(path: Path, comment: Any) -> None:
+    lines = comment if isinstance(comment, list) else [comment]
+    if not all(isinstance(line, str) for line in lines):
+        raise RecipeError(f"{path}: {_COMMENT}: {comment!r}; allowed: a string or a list of strings")
 
 
 def _find(name_or_path: str) -> Path:

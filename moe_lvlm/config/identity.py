@@ -9,7 +9,9 @@ from moe_lvlm.config.recipe import Recipe
 
 # What another value of leaves the same model on the same data: a resumed run may have it.
 _FREE = ("name", "output_dir", "evaluation", "parallel", "data.num_workers", "data.bad_sample_limit")
-_FREE_TRAIN = ("train.checkpoint", "train.log_every", "train.max_skipped_steps", "train.gradient_checkpointing")
+_FREE_TRAIN = (
+    "train.checkpoint", "train.log_every", "train.max_skipped_steps", "train.gradient_checkpointing", "train.hang_timeout",
+)  # fmt: skip
 
 
 def training_settings(recipe: Recipe) -> dict[str, Any]:
@@ -17,6 +19,15 @@ def training_settings(recipe: Recipe) -> dict[str, Any]:
     checkpoints and logging are not among them."""
     settings = _flatten(recipe.model_dump(mode="json"))
     return {key: value for key, value in settings if not key.startswith(_FREE + _FREE_TRAIN)}
+
+
+def describe_change(before: Recipe, now: Recipe) -> str | None:
+    """The deciding settings in which two recipes differ, in words; None if they agree."""
+    old, new = training_settings(before), training_settings(now)
+    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
+    if not changed:
+        return None
+    return "; ".join(f"{key}: {old.get(key)!r} before, {new.get(key)!r} now" for key in changed[:5])
 
 
 def _flatten(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -7,14 +7,15 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from moe_lvlm.config.errors import RecipeError, did_you_mean, one_line, shown
 from moe_lvlm.config.files import as_plain, list_recipes, recipe_path
 from moe_lvlm.config.layers import KeyPath, Layers, read_layers
+from moe_lvlm.config.problems import describe_problem
 from moe_lvlm.config.recipe import Recipe
 from moe_lvlm.config.yaml_text import dump_yaml, parse_yaml
 
@@ -109,7 +110,7 @@ def _describe(error: ValidationError, layers: Layers, file: str) -> list[str]:
         if item["type"] == "too_short" and any(other["loc"][:-1][: len(item["loc"])] == item["loc"] for other in items):
             continue  # pydantic counts only the members that passed; their own lines say what is wrong
         path = _key_path(item["loc"], layers.data, is_missing=item["type"] == "missing")
-        text = _problem(item)
+        text = describe_problem(item, Recipe)
         if match := re.match(r"([a-z_]+(?:\.[a-z_]+)*): ", text):  # our own validators begin with the key they mean
             path, text = (*path, *match[1].split(".")), text[match.end() :]
         problems.setdefault(path, []).append(text)
@@ -133,60 +134,3 @@ def _key_path(loc: KeyPath, data: Any, *, is_missing: bool) -> KeyPath:
         elif is_missing and position == len(loc) - 1:
             path.append(part)
     return tuple(path)
-
-
-def _problem(item: Any) -> str:
-    """What is wrong with one value, and what is allowed."""
-    loc = item["loc"]
-    if item["type"] == "extra_forbidden":
-        allowed = _allowed_keys(loc[:-1])
-        return f"unknown key{did_you_mean(str(loc[-1]), allowed)}; allowed here: {', '.join(allowed)}"
-    if item["type"] == "missing":
-        return "this key is missing"
-    if item["type"] == "value_error":
-        return str(item["ctx"]["error"])
-    if item["type"] == "union_tag_invalid":
-        return f"kind: {item['ctx']['tag']!r}; allowed: {item['ctx']['expected_tags']}"
-    if item["type"] == "union_tag_not_found":
-        return f"kind: this key is missing; it says which of {', '.join(_kinds(loc))} the other keys are for"
-    hint = " (write true or false)" if item["type"] == "bool_type" else ""
-    return f"{shown(item['input'])}; {_in_yaml_words(item['msg'])}{hint}"
-
-
-def _in_yaml_words(message: str) -> str:
-    """A sentence of pydantic's in lower case and with the names that a recipe's reader knows."""
-    words = {"Array": "list", "array": "list", "Tuple": "list", "tuple": "list", "an object": "a mapping"}
-    text = re.sub("|".join(words), lambda match: words[match[0]], message.removesuffix(" after validation, not 0"))
-    return text[0].lower() + text[1:]
-
-
-def _settings(loc: Sequence[str | int]) -> list[type[BaseModel]]:
-    """The groups of settings that may stand at a location."""
-    found: list[type[BaseModel]] = [Recipe]
-    for part in loc:
-        fields = [model.model_fields[part] for model in found if isinstance(part, str) and part in model.model_fields]
-        if fields:
-            found = [model for field in fields for model in _models(field.annotation)]
-        elif tagged := [model for model in found if _kind(model) == part]:
-            found = tagged
-    return found
-
-
-def _models(annotation: Any) -> list[type[BaseModel]]:
-    """The settings classes inside an annotation such as `tuple[StageSettings, ...] | None`."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [model for argument in get_args(annotation) for model in _models(argument)]
-
-
-def _kind(model: type[BaseModel]) -> str | None:
-    field = model.model_fields.get("kind")
-    return None if field is None else str(field.default)
-
-
-def _kinds(loc: Sequence[str | int]) -> list[str]:
-    return [kind for model in _settings(loc) if (kind := _kind(model)) is not None]
-
-
-def _allowed_keys(loc: Sequence[str | int]) -> list[str]:
-    return list(dict.fromkeys(name for model in _settings(loc) for name in model.model_fields))

@@ -10,6 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from moe_lvlm.config.adapter import Adapter
 from moe_lvlm.config.base import Settings
 from moe_lvlm.config.connector import Connector, PartSettings, QFormerConnectorSettings
+from moe_lvlm.config.errors import RecipeError, did_you_mean
 from moe_lvlm.config.moe import MoEConfig
 from moe_lvlm.config.records import RecordsSettings
 
@@ -191,6 +192,8 @@ class TrainSettings(Settings):
 
     loss_average: `step` divides the sum of token losses by the supervised tokens of the whole step; `micro_batch`
         averages each micro-batch by itself (compat with DeepSpeed's and LLaVA's code).
+    hang_timeout: seconds without progress (a step, or a part of a start or a save) after which a process writes its
+        stacks, and the run ends with status 85 (docs/reliability.md); 0: never. Longer than the longest of them takes.
     """
 
     precision: Literal["fp32", "bf16"] = "bf16"
@@ -202,6 +205,7 @@ class TrainSettings(Settings):
     checkpoint: CheckpointSettings = CheckpointSettings()
     log_every: int = Field(default=10, ge=1)
     max_skipped_steps: int = Field(default=5, ge=1)
+    hang_timeout: float = Field(default=1800.0, ge=0, le=604_800)
 
 
 class ParallelSettings(Settings):
@@ -282,6 +286,19 @@ class Recipe(Settings):
     parallel: ParallelSettings = ParallelSettings()
     stages: Annotated[tuple[StageSettings, ...], Field(min_length=1)]
     evaluation: EvaluationSettings = EvaluationSettings()
+
+    def stage_index(self, name: str) -> int:
+        """Place of a stage, from 0.
+
+        Raises:
+            RecipeError: no stage has that name.
+        """
+        names = [stage.name for stage in self.stages]
+        if name not in names:
+            raise RecipeError(
+                f"{name}: no stage of recipe {self.name}{did_you_mean(name, names)}; stages: {', '.join(names)}"
+            )
+        return names.index(name)
 
     @field_validator("stages")
     @classmethod

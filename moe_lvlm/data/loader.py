@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import faulthandler
 import signal
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol
@@ -16,6 +18,12 @@ from moe_lvlm.data.errors import BadRecordError
 from moe_lvlm.data.mixture import Draw
 from moe_lvlm.data.order import MicroBatchDraws, StepOrder
 from moe_lvlm.data.sample import Sample
+
+# Ctrl-C, torchrun's SIGTERM and a batch system's signal reach all processes; the trainer, which saves and leaves, still
+# needs its workers. They end when the loader says so, or when their parent is gone.
+_FOR_THE_TRAINER = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2}
+# A worker that gets it writes its stacks to stderr, and goes on.
+STACKS_SIGNAL = signal.SIGQUIT
 
 
 class Samples(Protocol):
@@ -92,7 +100,8 @@ class StepLoader:
             # without one of its own the loader draws its workers' seed from the global generator
             generator=torch.Generator().manual_seed(self.order.seed),
         )
-        return iter(loader)
+        with _holding_back():
+            return iter(loader)
 
 
 class _MicroBatches(Dataset[MicroBatch]):
@@ -111,8 +120,17 @@ class _MicroBatches(Dataset[MicroBatch]):
         return MicroBatch(self._collator(samples), tuple(bad), len(samples))
 
 
+@contextmanager
+def _holding_back() -> Iterator[None]:
+    """Processes that are started meanwhile get none of the trainer's signals before they can ignore them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _FOR_THE_TRAINER)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _ignore_interrupts(worker: int) -> None:
-    # Ctrl-C and torchrun's SIGTERM reach the whole process group; the trainer, which saves and leaves, still needs its
-    # workers. They end when the loader says so, or when their parent is gone.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in _FOR_THE_TRAINER:
         signal.signal(number, signal.SIG_IGN)
+    faulthandler.register(STACKS_SIGNAL, file=2)

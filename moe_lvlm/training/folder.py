@@ -6,7 +6,7 @@ import json
 import platform
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from moe_lvlm.checkpoint.files import replace_text
-from moe_lvlm.config.identity import training_settings
+from moe_lvlm.config.identity import describe_change
 from moe_lvlm.config.load import dump_recipe, load_recipe
 from moe_lvlm.config.recipe import Recipe
 from moe_lvlm.models.load import CHECKPOINTS, PROCESSOR
@@ -23,12 +23,14 @@ from moe_lvlm.training.lock import LOCK
 RECIPE = "recipe.yaml"
 DONE = "DONE"
 BAD_SAMPLES = "bad_samples.jsonl"
+HANGS = "hangs"
 _OURS = (
-    RECIPE, DONE, CHECKPOINTS, PROCESSOR, BAD_SAMPLES, "deepspeed.json", "environment.txt", "log.jsonl", "tensorboard",
-    "eval", "metrics.json", "report",
+    RECIPE, DONE, CHECKPOINTS, PROCESSOR, BAD_SAMPLES, HANGS, "deepspeed.json", "environment.txt", "log.jsonl",
+    "tensorboard", "eval", "metrics.json", "report",
 )  # fmt: skip
-# What a run that was killed before its recipe was written has left.
-_BEFORE_RECIPE = (LOCK, f".{RECIPE}.tmp")
+# What may lie there before there is a recipe: a batch job's own, which it writes while we train and which therefore
+# stays, and what a run has left that came to its end first.
+_BEFORE_RECIPE = ("slurm", "logs", HANGS, LOCK, f".{RECIPE}.tmp")
 
 
 def run_folder(recipe: Recipe) -> Path:
@@ -76,17 +78,33 @@ def adopt_run(source: Path, target: Path) -> list[str]:
 
 def check_same_run(before: Recipe, now: Recipe, folder: Path) -> None:
     """ValueError, naming the keys, if a resume would change what is trained. Topology and logging may change."""
-    old, new = training_settings(before), training_settings(now)
-    changed = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key))
-    if changed:
-        details = "; ".join(f"{key}: {old.get(key)!r} before, {new.get(key)!r} now" for key in changed[:5])
+    details = describe_change(before, now)
+    if details is not None:
         raise ValueError(f"{folder} holds a run of another recipe ({details}); use --fresh or another output_dir")
+
+
+def stage_mark(folder: Path, stage: str) -> Path:
+    """The file that says that a stage is done."""
+    return folder / f"{DONE}.{stage}"
+
+
+def mark_stages(folder: Path, stages: Sequence[str], *, num_done: int) -> None:
+    """Let the marks say what the checkpoint to go on from says: the first `num_done` of all stages are done.
+
+    A run that was killed at the end of a stage, or that older code began, lacks marks; one whose newest checkpoint was
+    damaged has one too many.
+    """
+    for index, stage in enumerate(stages):
+        mark = stage_mark(folder, stage)
+        if index >= num_done:
+            mark.unlink(missing_ok=True)
+        elif not mark.exists():
+            mark.touch()
 
 
 def _clear(folder: Path) -> None:
     """Remove what a run wrote, and nothing else."""
-    for name in _OURS:
-        path = folder / name
+    for path in [*(folder / name for name in _OURS), *folder.glob(f"{DONE}.*")]:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:

@@ -29,7 +29,7 @@ from moe_lvlm.data.mixture import build_dataset, needed_data
 from moe_lvlm.data.order import StepOrder
 from moe_lvlm.models.processor import Processor, num_image_tokens
 from moe_lvlm.parallel.engine import start_engine
-from moe_lvlm.parallel.process_group import World
+from moe_lvlm.parallel.process_group import World, group_timeout, set_group_timeouts
 from moe_lvlm.training.adaptation import ExpertAdaptation
 from moe_lvlm.training.base import plan_base
 from moe_lvlm.training.build import build_stage_model, stage_config
@@ -40,6 +40,7 @@ from moe_lvlm.training.memory import parameter_table
 from moe_lvlm.training.optimizer import learning_rate_at, parameter_groups
 from moe_lvlm.training.state import TrainState
 from moe_lvlm.training.step import StepCounts, StepLosses, count_step, run_step
+from moe_lvlm.training.watchdog import Phase, Watchdog
 
 
 class TrainingDivergedError(RuntimeError):
@@ -56,6 +57,7 @@ class Run:
     processor: Processor
     log: RunLog
     interrupt: Interrupt
+    watchdog: Watchdog
     writer: CheckpointWriter
 
 
@@ -67,7 +69,9 @@ class Stage:
         self._run = run
         self.state = state
         self._settings: StageSettings = run.recipe.stages[state.stage]
+        self._beat("load")
         self._order, self._loader = self._open_data()
+        self._beat("load")
         self.num_steps = self._settings.steps or math.ceil(
             (self._settings.epochs or 0) * self._order.epoch_size / self._settings.global_batch
         )
@@ -77,6 +81,9 @@ class Stage:
         self._saved = None if checkpoint is None else checkpoint.name
         self._base: Base | None = None  # what checkpoints leave out
         self._engine, self._adaptation = self._start(checkpoint)
+
+    def _beat(self, phase: Phase) -> None:
+        self._run.watchdog.beat(phase, stage=self._settings.name, step=self.state.step)
 
     def _open_data(self) -> tuple[StepOrder, StepLoader]:
         recipe, settings = self._run.recipe, self._settings
@@ -113,6 +120,7 @@ class Stage:
             zero_stage=int(deepspeed["zero_optimization"].get("stage", 0)),
             device=world.device,
         )
+        self._beat("load")
         self._base = plan_base(recipe, model, checkpoint, world=world, log=self._run.log.say)
         if recipe.train.gradient_checkpointing:
             # The reentrant kind loses the gradients of routers.
@@ -126,6 +134,8 @@ class Stage:
             optimizer_options={"lr": self._settings.learning_rate, "betas": optimizer.betas, "eps": optimizer.eps},
             config=deepspeed,
         )
+        set_group_timeouts(group_timeout(recipe.train.hang_timeout))
+        self._beat("load")
         torch.manual_seed((recipe.seed * 1000 + self.state.stage) * 100_003 + self.state.step * 1009 + world.rank)
         adaptation = ExpertAdaptation(engine.module, is_new_stage=self.state.step == 0)
         if checkpoint is not None and self.state.step > 0:
@@ -135,6 +145,7 @@ class Stage:
             if rng is not None and opened.state["saved_world_size"] == world.size:
                 restore_rng(rng)
         engine.train()
+        self._beat("load")
         self._run.log.event(
             "stage",
             stage=self._settings.name,
@@ -155,6 +166,7 @@ class Stage:
         log.open_stage(settings.name, done=self.state.step, total=self.num_steps)
         since = time.monotonic()
         tokens = 0
+        self._beat("step")
         try:
             for micro_batches in self._loader.steps(self.state.step, self.num_steps):
                 counts = count_step(
@@ -167,6 +179,7 @@ class Stage:
                 if self._train_step(micro_batches, counts, since, tokens):
                     since, tokens = time.monotonic(), 0
                 log.advance()
+                self._beat("step")
                 every = self._run.recipe.train.checkpoint.every
                 if every and self.state.step % every == 0 and self.state.step < self.num_steps:
                     self.save(at_once=False)
@@ -292,6 +305,7 @@ class Stage:
         at_once: return when it is there, and an earlier one too; otherwise it may be written beside training.
         """
         recipe, world, writer = self._run.recipe, self._run.world, self._run.writer
+        self._beat("save")
         name = f"{self._settings.name}-{self.state.step:06d}"
         if name == self._saved:
             writer.wait()
@@ -304,6 +318,7 @@ class Stage:
             is_stage_done=self.state.step >= self.num_steps,
         )
         writer.wait()  # what it leaves half done would be taken for the work of a killed process
+        self._beat("save")
         prepared = prepare_save(
             self._run.folder / CHECKPOINTS,
             name,
@@ -315,6 +330,7 @@ class Stage:
             log=self._run.log.say,
             base=self._base,
         )
+        self._beat("save")
         writer.finish(
             prepared,
             at_once=at_once,
@@ -323,6 +339,7 @@ class Stage:
             done=self._log_saved,
         )
         self._saved = name
+        self._beat("step")
 
     def _log_saved(self, report: SaveReport) -> None:
         self._run.log.event("checkpoint", path=str(report.path), seconds=report.seconds, bytes=report.bytes)
@@ -340,6 +357,7 @@ class Stage:
 
     def close(self) -> None:
         """Give the engine's memory back."""
+        self._beat("close")
         self._engine.destroy()
 
 

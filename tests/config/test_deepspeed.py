@@ -56,6 +56,23 @@ def test_deepspeed_reads_every_shipped_file(name: str) -> None:
     assert not config.zero_force_ds_cpu_optimizer
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_every_shipped_file_says_when_to_take_it(name: str) -> None:
+    """In the file and in the README's table; and DeepSpeed, which knows no such key, does not get it."""
+    folder = deepspeed_folder()
+    comment = json.loads((folder / f"{name}.json").read_text())["_comment"]
+    assert any("ake it " in line for line in comment)
+    assert f"| `{name}` |" in (folder / "README.md").read_text()
+    resolved = resolve(1, f"parallel.deepspeed={name}", "parallel.expert_parallel_size=1")
+    assert "_comment" not in resolved and "_comment" not in resolved["zero_optimization"]
+
+
+@pytest.mark.parametrize("comment", ["", "one line", [], ["two", "lines"]])
+def test_a_comment_is_for_readers(tmp_path: Path, comment: str | list[str]) -> None:
+    plain = {"zero_optimization": {"stage": 2}}
+    assert resolve_file(tmp_path, {"_comment": comment, **plain}) == resolve_file(tmp_path, plain)
+
+
 def test_values_of_the_recipe() -> None:
     resolved = resolve(4, "stages.0.micro_batch=4", "train.gradient_clipping=0", "parallel.deepspeed=zero1")
     assert resolved["train_micro_batch_size_per_gpu"] == 4
@@ -113,6 +130,9 @@ def test_a_value_that_the_recipe_owns_is_refused(
         ({}, "clips by a wrong gradient norm"),
         ({"zero_optimization": {"stage": 1, "contiguous_gradients": False}}, "mixes the gradients"),
         ({"zero_optimization": {"stage": 2, "contiguous_gradients": False}}, "mixes the gradients"),
+        ({"_comment": 7}, "_comment: 7; allowed: a string or a list of strings"),
+        ({"_comment": ["fine", {"stage": 2}]}, "allowed: a string or a list of strings"),
+        ({"_coment": "x"}, "did you mean '_comment'?"),
         ("[]", "JSON object"),
         ("{", "not a JSON file"),
         ('{"aio": {}, "aio": {}}', "'aio' stands twice"),

@@ -152,6 +152,19 @@ def living(pids: Sequence[int]) -> Iterator[int]:
         yield pid
 
 
+def assert_no_orphans(job: Job) -> None:
+    """Nothing of its process group is left; data workers leave a moment after their trainer."""
+    limit = time.monotonic() + 30
+    while time.monotonic() < limit:
+        try:
+            os.killpg(job.pids[0], 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    job.signal(signal.SIGKILL)
+    raise AssertionError("processes of the run are left")
+
+
 def kill_after(server: Server, command: Sequence[str], run: Path, stage: str, step: int) -> None:
     """Start a run, and kill all its processes when it has logged this step."""
     job = server.start(command)

@@ -131,7 +131,8 @@ def test_a_finished_run(server: Server, recipe: Path, unbroken: Path, tmp_path: 
 def test_what_a_run_holds(unbroken: Path) -> None:
     names = {path.name for path in unbroken.iterdir() if not path.name.startswith(".")}
     assert names == {
-        "DONE", "checkpoints", "deepspeed.json", "environment.txt", "log.jsonl", "processor", "recipe.yaml", "tensorboard",
+        "DONE", "DONE.sparse", "DONE.tune", "checkpoints", "deepspeed.json", "environment.txt", "log.jsonl", "processor",
+        "recipe.yaml", "tensorboard",
     }  # fmt: skip
     log = events(unbroken)
     assert [line["event"] for line in log.lines if line["event"] in ("stage", "done")] == ["stage", "stage", "done"]

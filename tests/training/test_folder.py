@@ -83,6 +83,7 @@ def test_what_changes_the_training_is_refused(key: str, changes: dict[str, Any],
         {"train__log_every": 7},
         {"train__checkpoint__every": 9},
         {"train__max_skipped_steps": 1},
+        {"train__hang_timeout": 60},
         {"train__gradient_checkpointing": True},
         {"data__num_workers": 2},
         {"data__bad_sample_limit": 0.5},
@@ -140,6 +141,22 @@ def test_facts_of_the_start(tmp_path: Path) -> None:
     lines = dict(line.split(": ", 1) for line in text.splitlines())
     assert lines["processes"] == "3"
     assert lines["deepspeed"].startswith("0.19.8")
+
+
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_batch_job_may_have_been_there_before(resume: bool, tmp_path: Path) -> None:
+    """Its script and logs lie in the run's folder before training begins, and are never removed."""
+    run = tmp_path / "run"
+    for name in ("slurm/job.sbatch", "logs/rank-000.log", "hangs/20261126T100000Z-rank-000.txt", ".lock"):
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).touch()
+    prepare_folder(make(tmp_path), resume=resume)
+    for name in ("DONE", "DONE.tune", "DONE.sparse"):
+        (run / name).touch()
+    prepare_folder(make(tmp_path, seed=8), resume=False)
+    assert sorted(path.name for path in run.iterdir()) == [".lock", "logs", "recipe.yaml", "slurm"]
+    assert (run / "slurm" / "job.sbatch").is_file()
+    assert (run / "logs" / "rank-000.log").is_file()
 
 
 @pytest.mark.parametrize("is_new", [True, False])

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM save and leave; the same command goes on as if nothing had been."""
+"""Ctrl-C, SIGTERM and a stop signal save and leave; the same command goes on as if nothing had been."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from moe_lvlm.training.interrupt import Interrupt
 from tests.training.conftest import OVERRIDES
-from tests.training.launching import ROOT, TIME_LIMIT, Job, Server, events, has_step
+from tests.training.launching import ROOT, TIME_LIMIT, Server, assert_no_orphans, events, has_step
 from tests.training.states import assert_same_checkpoint
 
 LAST = "sparse-000005"
@@ -37,27 +36,18 @@ def assert_goes_on(server: Server, command: list[str], run: Path, unbroken: Path
     assert_same_checkpoint(run / "checkpoints" / LAST, unbroken / "checkpoints" / LAST)
 
 
-def assert_no_orphans(job: Job) -> None:
-    """Nothing of its process group is left; data workers leave a moment after their trainer."""
-    limit = time.monotonic() + 30
-    while time.monotonic() < limit:
-        try:
-            os.killpg(job.pids[0], 0)
-        except ProcessLookupError:
-            return
-        time.sleep(0.1)
-    job.signal(signal.SIGKILL)
-    raise AssertionError("processes of the run are left")
-
-
 @pytest.mark.distributed
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("number", "options"),
+    [(signal.SIGINT, []), (signal.SIGTERM, []), (signal.SIGUSR1, ["--stop-signal", "USR1"])],
+    ids=["SIGINT", "SIGTERM", "SIGUSR1"],
+)
 def test_all_processes_get_a_signal(
-    number: signal.Signals, server: Server, recipe: Path, unbroken: Path, tmp_path: Path
+    number: signal.Signals, options: list[str], server: Server, recipe: Path, unbroken: Path, tmp_path: Path
 ) -> None:
-    """Ctrl-C in a terminal reaches all, and so does SIGTERM from torchrun: data workers too."""
+    """Ctrl-C in a terminal reaches all, and so do SIGTERM from torchrun and SLURM's signals: data workers too."""
     run = tmp_path / "run"
-    command = ["train", str(recipe), *OVERRIDES, "data.num_workers=1", f"output_dir={run}"]
+    command = ["train", str(recipe), *OVERRIDES, "data.num_workers=1", f"output_dir={run}", *options]
     job = server.start(command)
     job.wait_until(has_step(run, "tune", 1))
     job.signal(number)
@@ -93,6 +83,17 @@ def test_torchrun_gets_sigterm(server: Server, recipe: Path, unbroken: Path, tmp
     assert_goes_on(server, command, run, unbroken)
 
 
+@pytest.mark.distributed
+def test_asked_between_two_stages(server: Server, recipe: Path, unbroken: Path, tmp_path: Path) -> None:
+    """One rank is; the next stage's model is not built for it."""
+    run = tmp_path / "run"
+    command = ["train", str(recipe), *OVERRIDES, f"output_dir={run}"]
+    server.run(["train_and_ask_between", *command])
+    assert_stopped(run)
+    assert [line["stage"] for line in events(run).named("stage")] == ["tune"]
+    assert_goes_on(server, command, run, unbroken)
+
+
 def processes_with(argument: str) -> list[int]:
     """Processes with that text on their command line; torchrun gives each of its own a session."""
     found = []
@@ -104,16 +105,3 @@ def processes_with(argument: str) -> list[int]:
             except OSError:
                 continue
     return found
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupt_notes_the_first_signal(number: signal.Signals) -> None:
-    before = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}
-    with Interrupt() as interrupt:
-        assert not interrupt.is_requested
-        signal.raise_signal(number)
-        assert interrupt.is_requested
-        signal.raise_signal(signal.SIGTERM)
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-    assert {one: signal.getsignal(one) for one in before} == before
