@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -61,7 +62,8 @@ def unbroken(recipe: Path) -> Path:
 @pytest.fixture
 def run(recipe: Path, cluster: Cluster, request: pytest.FixtureRequest) -> Iterator[QueuedRun]:
     """A run's folder to be; no job outlives the test."""
-    queued = QueuedRun(recipe.parent / request.node.name, cluster.environment)
+    name = re.sub(r"\W+", "-", request.node.name)
+    queued = QueuedRun(recipe.parent / name, cluster.environment)
     yield queued
     for process in queued.ranks():
         os.kill(process.pid, signal.SIGCONT)
