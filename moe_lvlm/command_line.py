@@ -49,3 +49,10 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}; allowed: a whole number above 0")
     return int(text)
+
+
+def count(text: str) -> int:
+    """The type of an argument that is a whole number, 0 or above."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}; allowed: a whole number, 0 or above")
+    return int(text)

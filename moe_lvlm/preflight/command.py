@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from moe_lvlm.command_line import Commands, command, positive
+from moe_lvlm.command_line import Commands, command, count, positive
 
 if TYPE_CHECKING:
     from moe_lvlm.preflight.verdict import Verdict
@@ -57,7 +57,7 @@ def add_preflight(commands: Commands) -> None:
 
 def _add_node_options(parser: argparse.ArgumentParser) -> None:
     node = parser.add_argument_group("node (status 1 if something is bad)")
-    node.add_argument("--gpus", type=_count, metavar="N", help="at least N GPUs; 0: do not look at GPUs")
+    node.add_argument("--gpus", type=count, metavar="N", help="at least N GPUs; 0: do not look at GPUs")
     node.add_argument("--min-gpu-memory", type=_amount, metavar="GIB", help="free on each GPU")
     node.add_argument("--min-memory", type=_amount, metavar="GIB", help="host memory available")
     node.add_argument(
@@ -88,12 +88,6 @@ def _add_fabric_options(parser: argparse.ArgumentParser) -> None:
     fabric.add_argument(
         "--cuda", action="store_true", default=None, help="a rank without a GPU is bad, also if no rank has one"
     )
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r}; allowed: a whole number, 0 or more")
-    return int(text)
 
 
 def _amount(text: str) -> float:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from moe_lvlm.command_line import Commands, add_recipe_arguments, command, positive
+from moe_lvlm.command_line import Commands, add_recipe_arguments, command, count, positive
 
 
 def add_submit(commands: Commands) -> None:
@@ -46,7 +46,7 @@ def add_submit(commands: Commands) -> None:
 def _add_resources(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--nodes", type=positive, metavar="N", help="default: 1")
     group.add_argument(
-        "--gpus-per-node", type=_count, metavar="N", help="one process a GPU; 0 trains on CPUs (default: 8)"
+        "--gpus-per-node", type=count, metavar="N", help="one process a GPU; 0 trains on CPUs (default: 8)"
     )
     group.add_argument("--gpu-type", metavar="TYPE", help="such as a800, where SLURM knows types")
     group.add_argument("--processes-per-node", type=positive, metavar="N", help="without GPUs (default: 1)")
@@ -103,12 +103,6 @@ def _add_container(group: argparse._ArgumentGroup) -> None:
         help="a folder that the container sees; may be repeated",
     )
     group.add_argument("--container-python", metavar="PYTHON", help="the image's interpreter (default: python3)")
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r}; allowed: a whole number, 0 or above")
-    return int(text)
 
 
 _SAME = (

@@ -145,7 +145,8 @@ def _node_checks(job: JobSettings) -> str:
         words.append(f"--min-gpu-memory {wanted.min_gpu_memory:g}")
     if wanted.min_memory is not None:
         words.append(f"--min-memory {wanted.min_memory:g}")
-    words.append(f'--disk "$RUN:{wanted.min_disk:g}"')
+    if wanted.min_disk:
+        words.append(f'--disk "$RUN:{wanted.min_disk:g}"')
     if wanted.command is not None:
         words.append(f"--command {shlex.quote(wanted.command)}")
     return " ".join(words)

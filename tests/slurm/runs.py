@@ -25,14 +25,14 @@ class QueuedRun:
 
     def __init__(self, folder: Path, environment: Mapping[str, str]) -> None:
         self.folder = folder
-        self._environment = environment
+        self.environment = environment
 
     def call(self, *words: str | Path) -> subprocess.CompletedProcess[str]:
         """A command of SLURM's or ours, in the folder that holds the run's."""
         return subprocess.run(
             [str(word) for word in words],
             cwd=self.folder.parent,
-            env=dict(self._environment),
+            env=dict(self.environment),
             capture_output=True,
             text=True,
             check=False,

@@ -213,7 +213,7 @@ def test_an_array_requeues_only_its_own_task(run: QueuedRun, recipe: Path) -> No
     """Two seeds on a node each; a rank of one is killed."""
     run.submit(recipe, *QUICK, "--processes-per-node", "1", "--time", "10", "--sweep", "seed=0,1")
     sweep = run.folder.with_name(f"{run.folder.name}-sweep")
-    whole, broken = (QueuedRun(sweep / f"seed={seed}", run._environment) for seed in (0, 1))
+    whole, broken = (QueuedRun(sweep / f"seed={seed}", run.environment) for seed in (0, 1))
     broken.pause("sparse", 15)[0].kill()
     run.wait_until_gone()
     assert whole.story() == ["submit", "start", "end done"]
@@ -257,6 +257,28 @@ def test_a_mistake_is_not_tried_again(run: QueuedRun, recipe: Path) -> None:
     run.wait_until_gone()
     assert run.story() == ["submit", "start", "end user error", "give_up"]
     assert (run.folder / "notes.txt").read_text() == "somebody's"
+
+
+def test_every_process_starts_inside_the_container(run: QueuedRun, recipe: Path, tmp_path: Path) -> None:
+    """By a stand-in for apptainer, which runs what it is given where it is: there is no real one to be had here."""
+    program, calls = tmp_path / "apptainer", tmp_path / "calls"
+    program.write_text(
+        f'#!/bin/bash\necho "$*" >>{calls}\nuntil [ "$1" = image.sif ]; do shift; done\nexec "${{@:2}}"\n'
+    )
+    program.chmod(0o755)
+    inside = QueuedRun(run.folder, run.environment | {"PATH": f"{tmp_path}:{run.environment['PATH']}"})
+    image = ["--container", "image.sif", "--container-runtime", "apptainer", "--container-python", sys.executable]
+    inside.submit(recipe, *TWO_NODES, *image, "--until", "tune")
+    inside.wait_until_gone()
+    assert inside.story() == ["submit", "start", "end done"], inside.everything()
+    assert (run.folder / "DONE.tune").exists()
+    folder = run.folder.parent
+    lines = calls.read_text().splitlines()
+    assert {line.partition(" image.sif ")[0] for line in lines} == {f"exec --bind {folder}:{folder} --pwd {folder}"}
+    started = [line.partition("-m moe_lvlm ")[2].split()[0:2] for line in lines]
+    assert sorted(started) == [
+        *[["preflight", "fabric"]] * 2, *[["preflight", "node"]] * 2, *[["train", f"{folder}".split()[0]]] * 2,
+    ]  # fmt: skip
 
 
 def test_stop_keeps_a_job_from_being_queued_again(run: QueuedRun, recipe: Path) -> None:
