@@ -15,15 +15,17 @@ def has_slurm() -> bool:
     return shutil.which("sbatch") is not None
 
 
-def check_script(script: Path, *, options: Sequence[str] = ()) -> str:
+def check_script(script: Path, *, name: Path | None = None) -> str:
     """What `sbatch --test-only` says of a script that it would take, such as when it might start.
+
+    name: where the script will lie, for errors, if it is not there yet.
 
     Raises:
         JobError: SLURM would not take it; with SLURM's own reason.
     """
-    done = _run(["sbatch", "--test-only", *options, str(script)])
+    done = _run(["sbatch", "--test-only", str(script)])
     if done.returncode:
-        raise JobError(f"{script}: SLURM would refuse this job: {_reason(done.stderr)}")
+        raise JobError(f"{name or script}: SLURM would refuse this job: {_reason(done.stderr)}")
     return _reason(done.stderr)
 
 

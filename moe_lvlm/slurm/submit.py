@@ -37,18 +37,18 @@ def dry_run(wish: Wish, settings: JobSettings, say: Callable[[str], None]) -> st
     for line in files_that_are_missing(jobs, wish.directory):
         say(f"missing here: {line}")
     for job in jobs:
-        say(f"{job.script}: {_judged(job.text)}")
+        say(f"{job.script}: {_judged(job)}")
     return "\n".join(job.text for job in jobs)
 
 
-def _judged(text: str) -> str:
+def _judged(job: Job) -> str:
     """SLURM's answer to a script that lies nowhere yet."""
     if not has_slurm():
         return "not checked by SLURM: there is no sbatch here"
     with TemporaryDirectory() as folder:
         script = Path(folder, "job.sbatch")
-        script.write_text(text, encoding="utf-8")
-        return check_script(script)
+        script.write_text(job.text, encoding="utf-8")
+        return check_script(script, name=job.script)
 
 
 def submit(wish: Wish, settings: JobSettings, *, allows_missing: bool = False) -> list[Submitted]:
@@ -75,7 +75,7 @@ def submit(wish: Wish, settings: JobSettings, *, allows_missing: bool = False) -
         )
     _check_free([run for job in jobs for run in job.runs])
     for job in jobs:
-        _judged(job.text)
+        _judged(job)
     submitted: list[Submitted] = []
     for job in jobs:
         _write(job)
