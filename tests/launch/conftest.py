@@ -14,8 +14,8 @@ from tests.launch.launches import ROOT
 from tests.launch.nodes import Nodes, missing, start_nodes
 from tests.tiny_run import write_run_inputs
 
-# Long enough to be stopped in the second stage.
-OVERRIDES = ("stages.0.steps=2", "stages.1.steps=20", "train.checkpoint.every=100")
+# Long enough to be stopped in the second stage, however quick the machine and slow the launcher.
+OVERRIDES = ("stages.0.steps=2", "stages.1.steps=300", "train.checkpoint.every=100")
 
 
 @pytest.fixture(scope="session")

@@ -51,7 +51,7 @@ def test_torchrun_itself_is_told_to_end(recipe: Path, unbroken: Path, tmp_path: 
         assert f"torchrun.sh: stopped, and saved as {run}/checkpoints/{saved}" in launch.output
     assert_stopped(run, unbroken)
     (log,) = (tmp_path / "logs").glob("**/0/stderr.log")
-    assert "sparse 1/20" in log.read_text() and "sparse 1/20" in launch.output
+    assert "sparse 1/300" in log.read_text() and "sparse 1/300" in launch.output
     failing = [*arguments, "data.mixture=[{path: nowhere.json}]"]
     with launched("torchrun.sh", failing, tmp_path / "output.txt") as launch:
         assert launch.wait() == 1, launch.output
