@@ -31,7 +31,6 @@ class Launch:
                 stdout=file,
                 stderr=file,
                 start_new_session=True,
-                preexec_fn=_listen_to_ctrl_c,
             )
 
     @property
@@ -63,11 +62,6 @@ class Launch:
     def press_ctrl_c(self) -> None:
         """What a terminal does: a signal to the foreground process group."""
         os.killpg(self.process.pid, signal.SIGINT)
-
-
-def _listen_to_ctrl_c() -> None:
-    # Tests may run in the background, where shells ignore it, and a shell that began so cannot even trap it.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @contextmanager
