@@ -58,11 +58,12 @@ def test_a_line_a_run(run: RunFiles, capsys: pytest.CaptureFixture[str]) -> None
     other.step("tune", 10, step=100, global_step=100)
     other.log("stopped", 11, path="x")
     run_command("status", str(run.folder.parent))
-    first, *lines = capsys.readouterr().out.splitlines()
+    above, first, *lines = capsys.readouterr().out.splitlines()
+    assert above == f"{run.folder.parent}:"
     assert first.split()[:4] == ["run", "state", "stage", "step"]
     assert [line.split()[:5] for line in lines] == [
-        [str(run.folder), "requeued", "1/2", "tune", "50/150"],
-        [str(other.folder), "stopped", "1/2", "tune", "100/150"],
+        [run.folder.name, "requeued", "1/2", "tune", "50/150"],
+        [other.folder.name, "stopped", "1/2", "tune", "100/150"],
     ]
 
 
