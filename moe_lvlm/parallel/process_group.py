@@ -97,8 +97,9 @@ def join_world(*, timeout: timedelta = _TIMEOUT) -> World:
 
 
 def leave_world() -> None:
-    """Leave what `join_world` joined, at the end of a process that ends well: NCCL warns of a group that is left open."""
-    if dist.is_initialized():
+    """Leave what `join_world` joined, at the end of a process that ends well, where NCCL would warn of a group that is
+    left open. gloo says nothing, and a rank that left early would break what others still do."""
+    if dist.is_initialized() and dist.get_backend() == "nccl":
         dist.destroy_process_group()
 
 
