@@ -86,11 +86,11 @@ def test_a_folder_that_slurm_would_misread(tmp_path: Path, mark: str) -> None:
 
 
 def test_pyxis(tmp_path: Path) -> None:
-    container = {"image": "nvcr.io#nvidia/pytorch:25.09-py3", "mounts": ["/data:/data:ro"]}
+    container = {"image": "/images/moe#lvlm:25.09.sqsh", "mounts": ["/data:/data:ro"]}
     text = script(tmp_path, f"output_dir={tmp_path.parent}/elsewhere", container=container, gpus_per_node=2)
     mounts = f"/data:/data:ro,{tmp_path}:{tmp_path},{tmp_path.parent}/elsewhere:{tmp_path.parent}/elsewhere"
     assert f"--container-mounts={mounts}" in text
-    assert "'--container-image=nvcr.io#nvidia/pytorch:25.09-py3'" in text
+    assert "'--container-image=/images/moe#lvlm:25.09.sqsh'" in text
     assert "INSIDE=()" in text
     assert "PYTHON=python3" in text
     assert f"export PATH={sys.prefix}" not in text  # the image has an environment of its own
