@@ -120,7 +120,7 @@ def _train(arguments: argparse.Namespace) -> None:
     if stop_signal is not None:
         # until training listens, and from its end to the end of the process; the batch system asks again
         signal.signal(stop_signal, signal.SIG_IGN)
-    from moe_lvlm.config.deepspeed import resolve_deepspeed
+    from moe_lvlm.config.deepspeed import check_processes
     from moe_lvlm.config.load import load_recipe
 
     recipe = load_recipe(arguments.recipe, arguments.overrides)
@@ -131,8 +131,8 @@ def _train(arguments: argparse.Namespace) -> None:
 
         print(describe(recipe))
         return
-    for stage in recipe.stages:  # find what does not fit before torch is loaded and processes meet
-        resolve_deepspeed(recipe, stage, int(os.environ.get("WORLD_SIZE", "1")))
+    # find what does not fit before torch is loaded and processes meet
+    check_processes(recipe, int(os.environ.get("WORLD_SIZE", "1")))
 
     from moe_lvlm.checkpoint.ranks import SaveError
     from moe_lvlm.parallel.process_group import leave_world

@@ -32,7 +32,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": {*MAIN_LINE, "data", "checkpoint", "analysis"},
     "training": {*MAIN_LINE, "parallel", "data", "checkpoint", "analysis", "evaluation"},
     "recipes": set(),
-    "slurm": {"config"},
+    "slurm": {"config", "monitoring"},
     "preflight": set(),
     "monitoring": {"config"},
 }

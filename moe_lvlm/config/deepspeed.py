@@ -93,6 +93,14 @@ def resolve_deepspeed(recipe: Recipe, stage: StageSettings, world_size: int) -> 
     }
 
 
+def check_processes(recipe: Recipe, world_size: int, *, until: str | None = None) -> None:
+    """Raise RecipeError unless every stage fits so many processes, and `until`, the stage to end after, is one."""
+    if until is not None:
+        recipe.stage_index(until)
+    for stage in recipe.stages:
+        resolve_deepspeed(recipe, stage, world_size)
+
+
 def _accumulation(stage: StageSettings, world_size: int) -> int:
     samples = stage.micro_batch * world_size
     if stage.global_batch % samples:

@@ -7,20 +7,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from moe_lvlm.config.deepspeed import resolve_deepspeed
+from moe_lvlm.config.deepspeed import check_processes
 from moe_lvlm.config.hostfile import Slots, choose_slots, read_hostfile
 from moe_lvlm.config.load import load_recipe
 
 USER_ERROR = 2
-
-
-def check_processes(recipe: str, overrides: Sequence[str], num_processes: int, *, until: str | None = None) -> None:
-    """Raise ValueError unless every stage of the recipe fits so many processes, and the stage to end after is one."""
-    loaded = load_recipe(recipe, overrides)
-    if until is not None:
-        loaded.stage_index(until)
-    for stage in loaded.stages:
-        resolve_deepspeed(loaded, stage, num_processes)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -40,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         chosen = _chosen(arguments)
         num_processes = sum(map(len, chosen.values())) if chosen else arguments.processes
-        check_processes(arguments.recipe, arguments.overrides, num_processes, until=arguments.until)
+        check_processes(load_recipe(arguments.recipe, arguments.overrides), num_processes, until=arguments.until)
     except ValueError as error:
         print(f"{arguments.name}: error: {error}", file=sys.stderr)
         return USER_ERROR

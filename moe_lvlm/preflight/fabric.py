@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-from moe_lvlm.preflight.ending import FAILED, complain
+from moe_lvlm.preflight.ending import FAILED
 from moe_lvlm.preflight.judge import Judge
-from moe_lvlm.preflight.meeting import LATER, Meeting, NoMeetingError
+from moe_lvlm.preflight.meeting import LATER
 from moe_lvlm.preflight.place import Place
+from moe_lvlm.preflight.session import conclude, open_meeting
 from moe_lvlm.preflight.verdict import Verdict
-from moe_lvlm.preflight.work import FabricDemands, Work, name_of
+from moe_lvlm.preflight.work import FabricDemands, Work
 
 
 def check_fabric(place: Place, demands: FabricDemands, say: Callable[[Verdict], None]) -> int:
@@ -19,20 +20,12 @@ def check_fabric(place: Place, demands: FabricDemands, say: Callable[[Verdict], 
     """
     # An NCCL that notices an error would end the process, rank 0's too, before anything is said.
     os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
-    try:
-        meeting = Meeting(place, limit=demands.limit)
-    except NoMeetingError as error:
-        if place.rank > 0:
-            complain(f"cannot reach rank 0 at {error}")
-        else:
-            say(Verdict(failure=f"no store at {error}", bad={name_of(place): f"cannot open the store at {error}"}))
+    meeting = open_meeting(place, demands.limit, say)
+    if meeting is None:
         return FAILED
     work = Work(place, demands, meeting.connect())
     work.start()
     if place.rank > 0:
         return meeting.attend(lambda: work.at, limit=2 * (demands.limit + LATER))
     verdict = Judge(place, demands, meeting, lambda: work.at).judge()
-    say(verdict)
-    status = 0 if verdict.failure is None else FAILED
-    meeting.dismiss(status)
-    return status
+    return conclude(meeting, verdict, say)

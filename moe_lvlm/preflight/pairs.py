@@ -13,11 +13,12 @@ import torch
 import torch.distributed as dist
 
 from moe_lvlm.preflight.allreduce import bus_bandwidth
-from moe_lvlm.preflight.ending import FAILED, complain
-from moe_lvlm.preflight.meeting import LATER, Beats, Meeting, NoMeetingError, put
+from moe_lvlm.preflight.ending import FAILED
+from moe_lvlm.preflight.meeting import LATER, Beats, Meeting, put
 from moe_lvlm.preflight.pair import RESULT, START_LIMIT, Side
 from moe_lvlm.preflight.place import Place
 from moe_lvlm.preflight.programs import run_program
+from moe_lvlm.preflight.session import conclude, open_meeting
 from moe_lvlm.preflight.verdict import Verdict
 from moe_lvlm.preflight.work import FabricDemands, name_of
 
@@ -40,13 +41,8 @@ def check_pairs(place: Place, demands: FabricDemands, say: Callable[[Verdict], N
     """Take part as one of the nodes, `place.rank` counting nodes; rank 0 says the verdict. Returns the exit status, 0
     or 3. The caller ends the process with os._exit.
     """
-    try:
-        meeting = Meeting(place, limit=demands.limit)
-    except NoMeetingError as error:
-        if place.rank > 0:
-            complain(f"cannot reach rank 0 at {error}")
-        else:
-            say(Verdict(failure=f"no store at {error}", bad={name_of(place): f"cannot open the store at {error}"}))
+    meeting = open_meeting(place, demands.limit, say)
+    if meeting is None:
         return FAILED
     has_gpu = os.environ.get("DS_ACCELERATOR") != "cpu" and torch.cuda.is_available()
     put(meeting.store, "here", place.rank, {"node": name_of(place), "gpu": has_gpu})
@@ -54,10 +50,7 @@ def check_pairs(place: Place, demands: FabricDemands, say: Callable[[Verdict], N
     if place.rank > 0:
         return meeting.attend(lambda: "the pairs", limit=(_MOST_ROUNDS + 1) * (demands.limit + START_LIMIT + 2 * LATER))
     verdict = _judge(place, demands, meeting)
-    say(verdict)
-    status = 0 if verdict.failure is None else FAILED
-    meeting.dismiss(status)
-    return status
+    return conclude(meeting, verdict, say)
 
 
 def _take_part(place: Place, demands: FabricDemands, store: dist.TCPStore, port: int) -> None:

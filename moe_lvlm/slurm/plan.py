@@ -8,19 +8,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from moe_lvlm.config.deepspeed import resolve_deepspeed
+from moe_lvlm.config.deepspeed import check_processes
 from moe_lvlm.config.identity import describe_change
 from moe_lvlm.config.load import load_recipe
 from moe_lvlm.config.recipe import Recipe
+from moe_lvlm.monitoring.folder import DONE, EXCLUDED, RECIPE, SLURM
 from moe_lvlm.slurm.files import missing_files
 from moe_lvlm.slurm.script import Script, misplaced_directives, render
 from moe_lvlm.slurm.settings import JobSettings
 from moe_lvlm.slurm.site import JobError
 from moe_lvlm.slurm.sweep import variants
-
-STATE = "slurm"
-RECIPE = "recipe.yaml"
-EXCLUDED = "excluded"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +71,7 @@ def plan_jobs(wish: Wish, settings: JobSettings) -> list[Job]:
         name = settings.job_name or home.name
         return [_job(wish, settings, runs, home / "job.sbatch", home / "job-%A_%a.log", name)]
     _check(recipe, home, settings, wish)
-    name, state = settings.job_name or recipe.name, home / STATE
+    name, state = settings.job_name or recipe.name, home / SLURM
     if not wish.chain:
         return [
             _job(wish, settings, {home: recipe}, state / "job.sbatch", state / "job-%j.log", name, stage=wish.until)
@@ -117,12 +114,9 @@ def _variants(wish: Wish, home: Path) -> dict[Path, Recipe]:
 
 def _check(recipe: Recipe, run: Path, settings: JobSettings, wish: Wish) -> None:
     """Find what the job itself would find, before it waits in a queue."""
-    if wish.until is not None:
-        recipe.stage_index(wish.until)
-    for stage in recipe.stages:
-        resolve_deepspeed(recipe, stage, settings.world_size)
-    goal = "DONE" if wish.until is None else f"DONE.{wish.until}"
-    for mark in {goal, "DONE"}:
+    check_processes(recipe, settings.world_size, until=wish.until)
+    goal = DONE if wish.until is None else f"{DONE}.{wish.until}"
+    for mark in {goal, DONE}:
         if (run / mark).exists():
             raise JobError(f"{run}: trained already ({mark} is there); remove the folder, or choose another output_dir")
     if (run / RECIPE).is_file():
@@ -169,7 +163,7 @@ def _job(
 
 def _without_bad_nodes(settings: JobSettings, runs: dict[Path, Recipe]) -> JobSettings:
     """Nodes that a run has found to be bad before are not asked for again."""
-    files = [run / STATE / EXCLUDED for run in runs]
+    files = [run / EXCLUDED for run in runs]
     bad = [node for file in files if file.is_file() for node in file.read_text(encoding="utf-8").split()]
     if not bad:
         return settings

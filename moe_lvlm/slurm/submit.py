@@ -10,13 +10,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from moe_lvlm.config.load import dump_recipe
-from moe_lvlm.slurm.plan import RECIPE, STATE, Job, Wish, files_that_are_missing, plan_jobs
+from moe_lvlm.monitoring.folder import EVENTS, SUBMITTED_RECIPE
+from moe_lvlm.monitoring.records import read_events
+from moe_lvlm.monitoring.records import text as text_of
+from moe_lvlm.slurm.plan import Job, Wish, files_that_are_missing, plan_jobs
 from moe_lvlm.slurm.queue import check_script, has_slurm, jobs_in_queue, submit_script
 from moe_lvlm.slurm.script import misplaced_directives, runs_of
 from moe_lvlm.slurm.settings import JobSettings
 from moe_lvlm.slurm.site import JobError
-
-EVENTS = "events.jsonl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +83,7 @@ def submit(wish: Wish, settings: JobSettings, *, allows_missing: bool = False) -
         after = [f"--dependency=afterok:{submitted[-1].id}", "--kill-on-invalid-dep=yes"] if submitted else []
         submitted.append(Submitted(job, submit_script(job.script, options=after)))
         for run in job.runs:
-            _note(run / STATE / EVENTS, job.script, submitted[-1].id)
+            _note(run / EVENTS, job.script, submitted[-1].id)
     return submitted
 
 
@@ -103,15 +104,14 @@ def submit_again(script: Path) -> str:
     check_script(script)
     job = submit_script(script)
     for run in runs:
-        (run / STATE).mkdir(parents=True, exist_ok=True)
-        _note(run / STATE / EVENTS, script, job)
+        _note(run / EVENTS, script, job)
     return job
 
 
 def _check_free(runs: Sequence[Path]) -> None:
     """Two jobs in one run's folder: the second would only wait to be refused."""
     for run in dict.fromkeys(runs):
-        waiting = jobs_in_queue(_submitted(run / STATE / EVENTS))
+        waiting = jobs_in_queue(_submitted(run / EVENTS))
         if waiting:
             name, state = next(iter(waiting.items()))
             raise JobError(
@@ -121,22 +121,21 @@ def _check_free(runs: Sequence[Path]) -> None:
 
 def _submitted(events: Path) -> list[str]:
     """Jobs that were submitted for a run."""
-    if not events.is_file():
-        return []
-    lines = [line for line in events.read_text(encoding="utf-8").splitlines() if '"event": "submit"' in line]
-    return [str(json.loads(line)["job"]).partition("_")[0] for line in lines]
+    records, _ = read_events(events)
+    return [text_of(record.get("job")).partition("_")[0] for record in records if record["event"] == "submit"]
 
 
 def _note(events: Path, script: Path, job: str) -> None:
     line = {"time": int(time.time()), "event": "submit", "job": job, "script": str(script)}
+    events.parent.mkdir(parents=True, exist_ok=True)
     with events.open("a", encoding="utf-8") as file:
         file.write(json.dumps(line) + "\n")
 
 
 def _write(job: Job) -> None:
     for run, recipe in job.runs.items():
-        (run / STATE).mkdir(parents=True, exist_ok=True)
-        _keep(run / STATE / RECIPE, dump_recipe(recipe))
+        (run / SUBMITTED_RECIPE).parent.mkdir(parents=True, exist_ok=True)
+        _keep(run / SUBMITTED_RECIPE, dump_recipe(recipe))
     job.script.parent.mkdir(parents=True, exist_ok=True)
     _keep(job.script, job.text)
     job.script.chmod(0o755)

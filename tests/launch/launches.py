@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from tests.training.launching import ROOT, TIME_LIMIT, has_step
+from tests.training.launching import ROOT, TIME_LIMIT, has_step, processes_with
 
 # What a launcher of the tests' own process must not hand on.
 _RANKS = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -85,19 +85,6 @@ def children(pid: int) -> list[int]:
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
         ids += map(int, task.read_text().split())
     return ids
-
-
-def processes_with(argument: str) -> list[int]:
-    """Processes with that text on their command line."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
-            try:
-                if argument.encode() in (entry / "cmdline").read_bytes():
-                    found.append(int(entry.name))
-            except OSError:  # it has ended
-                continue
-    return found
 
 
 def assert_none_left(argument: str) -> None:

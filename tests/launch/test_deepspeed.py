@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from tests.launch.conftest import OVERRIDES
-from tests.launch.launches import Launch, assert_none_left, children, launched, processes_with
+from tests.launch.launches import Launch, assert_none_left, children, launched
 from tests.launch.nodes import Nodes, free_port
 from tests.launch.runs import assert_stopped
-from tests.training.launching import events
+from tests.training.launching import events, processes_with
 
 pytestmark = pytest.mark.distributed
 

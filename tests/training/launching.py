@@ -142,6 +142,19 @@ def has_step(run: Path, stage: str, step: int) -> Callable[[], bool]:
     return lambda: any((line["stage"], line["step"]) == (stage, step) for line in events(run).named("step"))
 
 
+def processes_with(argument: str) -> list[int]:
+    """Processes with that text on their command line; torchrun gives each of its own a session."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit() and int(entry.name) != os.getpid():
+            try:
+                if argument.encode() in (entry / "cmdline").read_bytes():
+                    found.append(int(entry.name))
+            except OSError:  # it has ended
+                continue
+    return found
+
+
 def living(pids: Sequence[int]) -> Iterator[int]:
     """Those processes that still run."""
     for pid in pids:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.training.conftest import OVERRIDES
-from tests.training.launching import ROOT, TIME_LIMIT, Server, assert_no_orphans, events, has_step
+from tests.training.launching import ROOT, TIME_LIMIT, Server, assert_no_orphans, events, has_step, processes_with
 from tests.training.states import assert_same_checkpoint
 
 LAST = "sparse-000005"
@@ -92,16 +92,3 @@ def test_asked_between_two_stages(server: Server, recipe: Path, unbroken: Path, 
     assert_stopped(run)
     assert [line["stage"] for line in events(run).named("stage")] == ["tune"]
     assert_goes_on(server, command, run, unbroken)
-
-
-def processes_with(argument: str) -> list[int]:
-    """Processes with that text on their command line; torchrun gives each of its own a session."""
-    found = []
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit() and int(entry.name) != os.getpid():
-            try:
-                if argument.encode() in (entry / "cmdline").read_bytes():
-                    found.append(int(entry.name))
-            except OSError:
-                continue
-    return found
