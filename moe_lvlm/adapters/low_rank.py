@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_lvlm.moe.dispatch import LocalDispatcher
 from moe_lvlm.moe.experts import multiply_rows
 from moe_lvlm.moe.grouped import row_slices, sum_products
+from moe_lvlm.moe.rows import add_rows, plan_rows, take_rows, take_slots
 from moe_lvlm.routing.types import RoutingDecision
 
 
@@ -79,20 +79,20 @@ def add_token_experts(
     base_TO: Tensor, x_TI: Tensor, lora_a_ErI: Tensor, lora_b_EOr: Tensor, *, decision: RoutingDecision
 ) -> Tensor:
     """Sum of base and the experts of each token: tokens are sorted by expert, and each expert computes its own."""
-    dispatcher = LocalDispatcher()
-    rows, route = dispatcher.dispatch(x_TI, decision)
+    plan = plan_rows(decision).counted()
+    x_RI, weights_R = take_rows(x_TI, plan), take_slots(decision.weights_RK, plan)
     outputs = []
     # Experts without a row take part, with none: what ranks reduce must not depend on who was chosen.
-    for x_RI, weights_R, a_rI, b_Or in zip(
-        rows.x_RD.split(rows.counts),
-        rows.weights_R.split(rows.counts),
+    for expert_x_RI, expert_weights_R, a_rI, b_Or in zip(
+        x_RI.split(plan.host_counts),
+        weights_R.split(plan.host_counts),
         lora_a_ErI.unbind(),
         lora_b_EOr.unbind(),
         strict=True,
     ):
-        hidden_Rr = nn.functional.linear(x_RI, a_rI)
-        outputs.append(nn.functional.linear(hidden_Rr * _as(weights_R[:, None], hidden_Rr), b_Or))
-    return base_TO + dispatcher.combine(torch.cat(outputs), route).to(base_TO.dtype)
+        hidden_Rr = nn.functional.linear(expert_x_RI, a_rI)
+        outputs.append(nn.functional.linear(hidden_Rr * _as(expert_weights_R[:, None], hidden_Rr), b_Or))
+    return base_TO + add_rows(torch.cat(outputs), plan, x_TI.dtype).to(base_TO.dtype)
 
 
 def add_grouped_experts(

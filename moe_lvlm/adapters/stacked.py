@@ -18,7 +18,7 @@ from moe_lvlm.adapters.low_rank import add_grouped_experts
 from moe_lvlm.config.adapter import LoRASettings, MoCLESettings
 from moe_lvlm.moe.dispatch import LocalDispatcher
 from moe_lvlm.moe.layer import MoELayer
-from moe_lvlm.moe.types import ExpertRows, ExpertSlice, LoRAChoice
+from moe_lvlm.moe.types import ExpertSlice, LoRAChoice
 from moe_lvlm.routing.stgc import ConflictRouter
 from moe_lvlm.routing.types import Site
 
@@ -129,17 +129,17 @@ class StackAdapters(nn.ModuleDict):
             return None
         return LoRAChoice(*(torch.cat(parts, dim=1) for parts in zip(*chosen, strict=True)))
 
-    def add(self, name: str, base_RO: Tensor, x_RI: Tensor, rows: ExpertRows) -> Tensor:
+    def add(self, name: str, base_RO: Tensor, x_RI: Tensor, counts: tuple[int, ...], lora: LoRAChoice | None) -> Tensor:
         """Sum of base (which is written into) and what the adapter of a stack gives; base itself where there is none."""
         adapter = self._modules.get(name)
         if isinstance(adapter, StackedLoRA):
-            base_RO = adapter(base_RO, x_RI, rows.counts)
+            base_RO = adapter(base_RO, x_RI, counts)
         elif isinstance(adapter, StackedLoRAExperts):
-            assert rows.lora is not None, "rows without the choice that their tokens made"
+            assert lora is not None, "rows without the choice that their tokens made"
             first = list(self).index(name) * adapter.settings.top_k
             columns = slice(first, first + adapter.settings.top_k)
-            chosen = LoRAChoice(*(value[:, columns] for value in rows.lora))
-            base_RO = adapter(base_RO, x_RI, rows.counts, chosen)
+            chosen = LoRAChoice(*(value[:, columns] for value in lora))
+            base_RO = adapter(base_RO, x_RI, counts, chosen)
         return base_RO
 
 

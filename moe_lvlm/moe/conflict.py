@@ -11,7 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_lvlm.moe.grouped import Activation, BackwardOutputs, Hidden, Stacks, backward_rows, forward_rows, sum_products
+from moe_lvlm.moe.grouped import (
+    Activation,
+    Hidden,
+    StackGradients,
+    Stacks,
+    allocate_hidden,
+    backward_rows,
+    forward_rows,
+    row_slices,
+    sum_products,
+)
 
 
 class ProbedFFN(torch.autograd.Function):
@@ -37,8 +47,12 @@ class ProbedFFN(torch.autograd.Function):
         *stacks: Any,
     ) -> Tensor:
         """counts_by_source: rows by expert and rank, the order in which they stand."""
-        counts = tuple(sum(parts) for parts in counts_by_source)
-        out_RD, hidden = forward_rows(x_RD, weights_R, counts, act, Stacks(*stacks))
+        hidden = allocate_hidden(x_RD, len(x_RD), Stacks(*stacks))
+        out_RD = x_RD.new_empty(len(x_RD), Stacks(*stacks).w2.shape[1])
+        for expert, rows in row_slices(tuple(sum(parts) for parts in counts_by_source)):
+            out_RD[rows] = forward_rows(
+                expert, x_RD[rows], weights_R[rows], act=act, stacks=Stacks(*stacks), hidden=hidden.of(rows)
+            )
         ctx.counts_by_source, ctx.act = counts_by_source, act
         ctx.save_for_backward(x_RD, weights_R, *hidden, *stacks)
         return out_RD
@@ -49,24 +63,30 @@ class ProbedFFN(torch.autograd.Function):
         stacks = Stacks(*saved)
         needs = ctx.needs_input_grad
         counts = tuple(sum(parts) for parts in ctx.counts_by_source)
-        outputs = BackwardOutputs.allocate(x_RD, weights_R, stacks, counts, (*needs[:2], *needs[5:]))
+        gradients = StackGradients(stacks, counts, needs[5:])
+        grad_x_RD = torch.empty_like(x_RD) if needs[0] else None
+        grad_weights_R = torch.empty_like(weights_R) if needs[1] else None
         cosine_R = torch.empty_like(weights_R)
         for expert, rows, is_first in _source_slices(ctx.counts_by_source):
-            agreement = _Agreement(outputs, expert, is_first=is_first)
-            backward_rows(
-                rows,
+            agreement = _Agreement(gradients, expert, is_first=is_first)
+            of_rows, of_weights = backward_rows(
                 expert,
-                x_RD=x_RD,
-                weights_R=weights_R,
-                hidden=Hidden(gate_RF, up_RF),
-                grad_out_RD=grads[0],
+                x_RD=x_RD[rows],
+                weights_R=weights_R[rows],
+                hidden=Hidden(gate_RF, up_RF).of(rows),
+                grad_out_RD=grads[0][rows],
                 act=ctx.act,
                 stacks=stacks,
-                outputs=outputs,
+                needs_x=needs[0],
+                needs_weights=needs[1],
                 take=agreement,
             )
+            if grad_x_RD is not None and of_rows is not None:
+                grad_x_RD[rows] = of_rows
+            if grad_weights_R is not None and of_weights is not None:
+                grad_weights_R[rows] = of_weights
             cosine_R[rows] = agreement.cosine()
-        return (outputs.x_RD, outputs.weights_R, cosine_R, None, None, *outputs.in_order())
+        return (grad_x_RD, grad_weights_R, cosine_R, None, None, *gradients.in_order())
 
 
 def _source_slices(counts_by_source: tuple[tuple[int, ...], ...]) -> Iterator[tuple[int, slice, bool]]:
@@ -83,11 +103,11 @@ def _source_slices(counts_by_source: tuple[tuple[int, ...], ...]) -> Iterator[tu
 class _Agreement:
     """Adds up, parameter by parameter, what the cosines of one rank's rows at one expert need.
 
-    is_first: whether the gradients of `outputs` hold nothing of this expert yet.
+    is_first: whether `gradients` hold nothing of this expert yet.
     """
 
-    def __init__(self, outputs: BackwardOutputs, expert: int, *, is_first: bool) -> None:
-        self.outputs = outputs
+    def __init__(self, gradients: StackGradients, expert: int, *, is_first: bool) -> None:
+        self.gradients = gradients
         self.expert = expert
         self.is_first = is_first
         self.inner_R: Tensor | None = None
@@ -112,8 +132,8 @@ class _Agreement:
         self.total_norm = total_norm if self.total_norm is None else torch.hypot(self.total_norm, total_norm)
 
     def _total(self, name: str, grad_RA: Tensor, x_RB: Tensor | None) -> Tensor:
-        """This rank's gradient of a parameter of the expert, which it also leaves in or adds to `outputs`."""
-        stack = self.outputs.stacks[name]
+        """This rank's gradient of a parameter of the expert, which it also leaves in or adds to `gradients`."""
+        stack = self.gradients.by_name[name]
         if stack is not None and self.is_first:
             sum_products(grad_RA, x_RB, out=stack[self.expert])
             return stack[self.expert]

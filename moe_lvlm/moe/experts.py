@@ -1,7 +1,7 @@
 """The experts of one layer: stacked FFNs, and the computation of rows sorted by expert.
 
-E experts held here   D model width   F FFN width   R routed rows   G groups of rows   A rows of all groups
-I inputs, O outputs of a linear layer
+E experts held here   D model width   F FFN width   N rows of x   K slots of each   R routed rows
+G groups of rows   A rows of all groups   I inputs, O outputs of a linear layer
 """
 
 from __future__ import annotations
@@ -15,13 +15,24 @@ from transformers.activations import ACT2FN
 from moe_lvlm.moe.conflict import ProbedFFN
 from moe_lvlm.moe.grouped import (
     Activation,
-    BackwardOutputs,
     Hidden,
+    StackGradients,
     Stacks,
+    allocate_hidden,
     backward_rows,
     forward_rows,
     row_slices,
     sum_products,
+)
+from moe_lvlm.moe.rows import (
+    RowPlan,
+    add_rows,
+    add_to_sum,
+    save_plan,
+    saved_plan,
+    start_sum,
+    take_rows,
+    take_slots,
 )
 from moe_lvlm.moe.types import ExpertAdapters, ExpertRows
 
@@ -72,42 +83,69 @@ class Experts(nn.Module):
                 nn.init.zeros_(parameter)
 
     def forward(self, rows: ExpertRows, adapters: ExpertAdapters | None = None) -> Tensor:
-        """Weighted outputs [R, D] of rows sorted by expert; `rows.counts` has one number an expert held here.
+        """Weighted outputs, summed over the slots of each row of x, [N, D]; 0 where no slot is kept.
 
-        Rows with a probe get the cosines of their gradients by way of it (see `ExpertRows`).
+        Slots with a probe get the cosines of their gradients by way of it (see `ExpertRows`).
 
         adapters: on the stacked matrices, of a layer whose router asks for no cosines.
 
         Raises:
-            ValueError: counts for another number of experts.
+            ValueError: a plan for another number of experts.
         """
-        if len(rows.counts) != self.w1.shape[0]:
-            raise ValueError(f"{len(rows.counts)} row counts for {self.w1.shape[0]} experts")
-        if adapters is not None:
-            return self._forward_adapted(rows, adapters)
-        stacks = (self.w1, self.w2, self.w3, self.b1, self.b2, self.b3)
+        if len(rows.plan.stop_E) != self.w1.shape[0]:
+            raise ValueError(f"a plan for {len(rows.plan.stop_E)} experts; there are {self.w1.shape[0]}")
         # The weights' own type decides, also under autocast, which knows nothing of results written in place.
-        with torch.autocast(rows.x_RD.device.type, enabled=False):
-            x_RD = rows.x_RD.to(self.w1.dtype)
-            if rows.probe_R is not None and rows.probe_R.requires_grad:
-                parts = rows.counts_by_source or tuple((count,) for count in rows.counts)
-                return ProbedFFN.apply(x_RD, rows.weights_R, rows.probe_R, parts, self.act, *stacks)
-            return _GroupedFFN.apply(x_RD, rows.weights_R, rows.counts, self.act, *stacks)
+        with torch.autocast(rows.x_ND.device.type, enabled=False):
+            x_ND = rows.x_ND.to(self.w1.dtype)
+            if adapters is not None:
+                out_ND = self._adapted(x_ND, rows, adapters)
+            elif rows.probe_NK is not None and rows.probe_NK.requires_grad:
+                out_ND = self._probed(x_ND, rows)
+            else:
+                out_ND = self._plain(x_ND, rows)
+        return out_ND.to(rows.x_ND.dtype)
 
-    def _forward_adapted(self, rows: ExpertRows, adapters: ExpertAdapters) -> Tensor:
+    def _stacks(self) -> Stacks:
+        return Stacks(self.w1, self.w2, self.w3, self.b1, self.b2, self.b3)
+
+    def _plain(self, x_ND: Tensor, rows: ExpertRows) -> Tensor:
+        if x_ND.is_cuda and self.b1 is None:
+            from moe_lvlm.moe import fused  # Triton, which builds of torch without CUDA do not bring
+
+            if fused.can_compute(self.activation, x_ND.dtype):
+                return fused.compute(x_ND, rows.plan, rows.weights_NK, self.activation, self.w1, self.w2, self.w3)
+        return RoutedFFN.apply(x_ND, rows.weights_NK, rows.plan.counted(), self.act, *self._stacks())
+
+    def _probed(self, x_ND: Tensor, rows: ExpertRows) -> Tensor:
+        assert rows.probe_NK is not None
+        plan = rows.plan.counted()
+        out_RD = ProbedFFN.apply(
+            take_rows(x_ND, plan),
+            take_slots(rows.weights_NK, plan),
+            take_slots(rows.probe_NK, plan),
+            rows.counts_by_source or tuple((count,) for count in plan.host_counts),
+            self.act,
+            *self._stacks(),
+        )
+        return add_rows(out_RD, plan, out_RD.dtype)
+
+    def _adapted(self, x_ND: Tensor, rows: ExpertRows, adapters: ExpertAdapters) -> Tensor:
         """The same step by step, with what the adapters add to each product. Keeps up to four numbers a row and hidden
-        unit where `_GroupedFFN` keeps two."""
-        assert rows.probe_R is None or not rows.probe_R.requires_grad, "attach refuses routers that ask for cosines"
-        with torch.autocast(rows.x_RD.device.type, enabled=False):
-            x_RD = rows.x_RD.to(self.w1.dtype)
-            product_RF = multiply_rows(x_RD, self.w1, self.b1, counts=rows.counts)
-            hidden_RF = self.act(adapters.add("w1", product_RF, x_RD, rows))
-            if self.w3 is not None:
-                product_RF = multiply_rows(x_RD, self.w3, self.b3, counts=rows.counts)
-                hidden_RF = hidden_RF * adapters.add("w3", product_RF, x_RD, rows)
-            product_RD = multiply_rows(hidden_RF, self.w2, self.b2, counts=rows.counts)
-            out_RD = adapters.add("w2", product_RD, hidden_RF, rows)
-            return out_RD * rows.weights_R[:, None].to(out_RD.dtype)
+        unit where `RoutedFFN` keeps two."""
+        assert rows.probe_NK is None or not rows.probe_NK.requires_grad, "attach refuses routers that ask for cosines"
+        plan = rows.plan.counted()
+        counts = plan.host_counts
+        lora = None if rows.lora is None else rows.lora.of_rows(plan.source_R)
+        x_RD = take_rows(x_ND, plan)
+        product_RF = multiply_rows(x_RD, self.w1, self.b1, counts=counts)
+        hidden_RF = self.act(adapters.add("w1", product_RF, x_RD, counts, lora))
+        if self.w3 is not None:
+            product_RF = multiply_rows(x_RD, self.w3, self.b3, counts=counts)
+            hidden_RF = hidden_RF * adapters.add("w3", product_RF, x_RD, counts, lora)
+        product_RD = multiply_rows(hidden_RF, self.w2, self.b2, counts=counts)
+        out_RD = adapters.add("w2", product_RD, hidden_RF, counts, lora)
+        out_RD = out_RD * take_slots(rows.weights_NK, plan)[:, None].to(out_RD.dtype)
+        return add_rows(out_RD, plan, out_RD.dtype)
 
 
 def multiply_rows(
@@ -176,8 +214,9 @@ class _GroupedProduct(torch.autograd.Function):
         return grad_x_RI, None, grad_stack, grad_bias_GO, None
 
 
-class _GroupedFFN(torch.autograd.Function):
-    """Expert by expert, saving only the rows and the two products before the activation; the rest is computed again.
+class RoutedFFN(torch.autograd.Function):
+    """Expert by expert, saving only x and the two products before the activation; the rest is computed again, and rows
+    are taken out of x again.
 
     No output is kept for the gradient of the router's weight, which is taken at the hidden row. The weight itself is
     applied at width D, never at width F: to the output, and in the backward pass to the rows and their gradients.
@@ -188,34 +227,48 @@ class _GroupedFFN(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x_RD: Tensor,
-        weights_R: Tensor,
-        counts: tuple[int, ...],
+        x_ND: Tensor,
+        weights_NK: Tensor,
+        plan: RowPlan,
         act: Activation,
-        *stacks: Any,
+        *parameters: Any,
     ) -> Tensor:
-        out_RD, hidden = forward_rows(x_RD, weights_R, counts, act, Stacks(*stacks))
-        ctx.counts, ctx.act = counts, act
-        ctx.save_for_backward(x_RD, weights_R, *hidden, *stacks)
-        return out_RD
+        stacks = Stacks(*parameters)
+        source_R, weights_R = plan.source_R, take_slots(weights_NK, plan)
+        hidden = allocate_hidden(x_ND, len(source_R), stacks)
+        sum_ND = start_sum(x_ND, plan)
+        for expert, rows in row_slices(plan.host_counts):
+            x_RD = x_ND.index_select(0, source_R[rows])
+            out_RD = forward_rows(expert, x_RD, weights_R[rows], act=act, stacks=stacks, hidden=hidden.of(rows))
+            add_to_sum(sum_ND, out_RD, source_R[rows])
+        save_plan(ctx, plan, x_ND, weights_NK, *hidden, *stacks)
+        ctx.act = act
+        return sum_ND.to(x_ND.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x_RD, weights_R, gate_RF, up_RF, *saved = ctx.saved_tensors
-        stacks = Stacks(*saved)
-        needs = ctx.needs_input_grad
-        outputs = BackwardOutputs.allocate(x_RD, weights_R, stacks, ctx.counts, (*needs[:2], *needs[4:]))
-        for expert, rows in row_slices(ctx.counts):
-            backward_rows(
-                rows,
+        plan, (x_ND, weights_NK, gate_RF, up_RF, *parameters) = saved_plan(ctx)
+        stacks, hidden, needs = Stacks(*parameters), Hidden(gate_RF, up_RF), ctx.needs_input_grad
+        source_R, weights_R = plan.source_R, take_slots(weights_NK, plan)
+        gradients = StackGradients(stacks, plan.host_counts, needs[4:])
+        grad_sum_ND = start_sum(x_ND, plan) if needs[0] else None
+        grad_weights_NK = torch.zeros_like(weights_NK) if needs[1] else None
+        for expert, rows in row_slices(plan.host_counts):
+            grad_x_RD, grad_weights_R = backward_rows(
                 expert,
-                x_RD=x_RD,
-                weights_R=weights_R,
-                hidden=Hidden(gate_RF, up_RF),
-                grad_out_RD=grads[0],
+                x_RD=x_ND.index_select(0, source_R[rows]),
+                weights_R=weights_R[rows],
+                hidden=hidden.of(rows),
+                grad_out_RD=grads[0].index_select(0, source_R[rows]),
                 act=ctx.act,
                 stacks=stacks,
-                outputs=outputs,
-                take=outputs.taker(expert),
+                needs_x=needs[0],
+                needs_weights=needs[1],
+                take=gradients.taker(expert),
             )
-        return (outputs.x_RD, outputs.weights_R, None, None, *outputs.in_order())
+            if grad_sum_ND is not None and grad_x_RD is not None:
+                add_to_sum(grad_sum_ND, grad_x_RD, source_R[rows])
+            if grad_weights_NK is not None and grad_weights_R is not None:
+                grad_weights_NK.view(-1).index_copy_(0, plan.slot_R[rows].long(), grad_weights_R)
+        grad_x_ND = None if grad_sum_ND is None else grad_sum_ND.to(x_ND.dtype)
+        return (grad_x_ND, grad_weights_NK, None, None, *gradients.in_order())

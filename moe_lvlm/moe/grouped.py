@@ -32,6 +32,10 @@ class Hidden(NamedTuple):
     gate_RF: Tensor
     up_RF: Tensor | None
 
+    def of(self, rows: slice) -> Hidden:
+        """Those of some rows, views."""
+        return Hidden(self.gate_RF[rows], None if self.up_RF is None else self.up_RF[rows])
+
 
 class TakeGradient(Protocol):
     """Takes what some rows contribute to the gradient of one parameter of one expert, as a sum of outer products."""
@@ -40,64 +44,52 @@ class TakeGradient(Protocol):
         """name: in `Stacks`. The contribution of a row is grad x^T, [A, B], or grad alone, [A], where x is None."""
 
 
-class BackwardOutputs(NamedTuple):
-    """Gradients of rows and their weights, and of the parameters by name; None where nobody asked."""
+class StackGradients:
+    """Memory for the gradients of the parameters by name; None where nobody asked.
 
-    x_RD: Tensor | None
-    weights_R: Tensor | None
-    stacks: dict[str, Tensor | None]
+    An expert without a row must still give a gradient (of 0): every rank reduces the same buckets.
+    """
 
-    @staticmethod
-    def allocate(
-        x_RD: Tensor, weights_R: Tensor, stacks: Stacks, counts: tuple[int, ...], needs: tuple[bool, ...]
-    ) -> BackwardOutputs:
-        """Memory to write gradients into. needs: whether rows, weights and each of the stacks wants one.
-
-        An expert without a row must still give a gradient (of 0): every rank reduces the same buckets.
-        """
-        return BackwardOutputs(
-            torch.empty_like(x_RD) if needs[0] else None,
-            torch.empty_like(weights_R) if needs[1] else None,
-            {
-                name: None if stack is None or not is_needed else _empty_gradient(stack, counts)
-                for (name, stack), is_needed in zip(stacks._asdict().items(), needs[2:], strict=True)
-            },
-        )
+    def __init__(self, stacks: Stacks, counts: tuple[int, ...], needs: tuple[bool, ...]) -> None:
+        """needs: whether each of the stacks wants one."""
+        self.by_name = {
+            name: None if stack is None or not is_needed else _empty_gradient(stack, counts)
+            for (name, stack), is_needed in zip(stacks._asdict().items(), needs, strict=True)
+        }
 
     def in_order(self) -> tuple[Tensor | None, ...]:
-        """The parameters' gradients in the order of `Stacks`."""
-        return tuple(self.stacks[name] for name in Stacks._fields)
+        """The gradients in the order of `Stacks`."""
+        return tuple(self.by_name[name] for name in Stacks._fields)
 
     def taker(self, expert: int) -> TakeGradient:
         """Writes the gradients of one expert; all its rows must come at once."""
         return partial(self._write, expert)
 
     def _write(self, expert: int, name: str, grad_RA: Tensor, x_RB: Tensor | None) -> None:
-        stack = self.stacks[name]
+        stack = self.by_name[name]
         if stack is not None:
             sum_products(grad_RA, x_RB, out=stack[expert])
 
 
+def allocate_hidden(like: Tensor, num_rows: int, stacks: Stacks) -> Hidden:
+    """Memory for the products of all rows."""
+    width = stacks.w1.shape[1]
+    return Hidden(like.new_empty(num_rows, width), None if stacks.w3 is None else like.new_empty(num_rows, width))
+
+
 def forward_rows(
-    x_RD: Tensor, weights_R: Tensor, counts: tuple[int, ...], act: Activation, stacks: Stacks
-) -> tuple[Tensor, Hidden]:
-    """Weighted outputs [R, D], and what the backward pass needs."""
-    num_rows, ffn_width = x_RD.shape[0], stacks.w1.shape[1]
-    gate_RF = x_RD.new_empty(num_rows, ffn_width)
-    up_RF = None if stacks.w3 is None else x_RD.new_empty(num_rows, ffn_width)
-    out_RD = x_RD.new_empty(num_rows, stacks.w2.shape[1])
-    for expert, rows in row_slices(counts):
-        hidden = act(_project(x_RD[rows], stacks.w1[expert], _at(stacks.b1, expert), out=gate_RF[rows]))
-        if stacks.w3 is not None and up_RF is not None:
-            # not in place: an activation may hand its input back
-            hidden = hidden * _project(x_RD[rows], stacks.w3[expert], _at(stacks.b3, expert), out=up_RF[rows])
-        _project(hidden, stacks.w2[expert], _at(stacks.b2, expert), out=out_RD[rows])
-    out_RD *= weights_R[:, None].to(out_RD.dtype)
-    return out_RD, Hidden(gate_RF, up_RF)
+    expert: int, x_RD: Tensor, weights_R: Tensor, *, act: Activation, stacks: Stacks, hidden: Hidden
+) -> Tensor:
+    """Weighted outputs [R, D] of rows of one expert. hidden: memory for their products, which the backward pass needs."""
+    activated_RF = act(_project(x_RD, stacks.w1[expert], _at(stacks.b1, expert), out=hidden.gate_RF))
+    if stacks.w3 is not None and hidden.up_RF is not None:
+        # not in place: an activation may hand its input back
+        activated_RF = activated_RF * _project(x_RD, stacks.w3[expert], _at(stacks.b3, expert), out=hidden.up_RF)
+    out_RD = _project(activated_RF, stacks.w2[expert], _at(stacks.b2, expert))
+    return out_RD.mul_(weights_R[:, None].to(out_RD.dtype))
 
 
 def backward_rows(
-    rows: slice,
     expert: int,
     *,
     x_RD: Tensor,
@@ -106,30 +98,31 @@ def backward_rows(
     grad_out_RD: Tensor,
     act: Activation,
     stacks: Stacks,
-    outputs: BackwardOutputs,
+    needs_x: bool,
+    needs_weights: bool,
     take: TakeGradient,
-) -> None:
-    """Gradients of some rows of one expert: of the rows and their weights into `outputs`, of the parameters to `take`.
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of some rows of one expert and of their weights, [R, D] and [R], None unless needed; those of the
+    parameters go to `take`.
 
     Inner gradients are those of the output before its weight; the weight comes in with x_RD and grad_out_RD.
     """
     w1, w2, w3, b2 = stacks.w1[expert], stacks.w2[expert], _at(stacks.w3, expert), _at(stacks.b2, expert)
-    up_RF = _at(hidden.up_RF, rows)
-    grad_x_RD, grad_weight_R = _at(outputs.x_RD, rows), _at(outputs.weights_R, rows)
-    weight_R1 = weights_R[rows, None].to(x_RD.dtype)
-    grad_out_RD = grad_out_RD[rows]
+    up_RF = hidden.up_RF
+    weight_R1 = weights_R[:, None].to(x_RD.dtype)
     with torch.enable_grad():
-        gate_leaf = hidden.gate_RF[rows].detach().requires_grad_()
+        gate_leaf = hidden.gate_RF.detach().requires_grad_()
         activated = act(gate_leaf)
     hidden_RF = activated.detach() if up_RF is None else activated.detach() * up_RF
     weighted_grad_RD = grad_out_RD * weight_R1
-    weighted_x_RD = x_RD[rows] * weight_R1
+    weighted_x_RD = x_RD * weight_R1
 
     grad_hidden_RF = grad_out_RD @ w2
-    if grad_weight_R is not None:
-        torch.sum(hidden_RF * grad_hidden_RF, dim=-1, dtype=grad_weight_R.dtype, out=grad_weight_R)
+    grad_x_RD = grad_weights_R = None
+    if needs_weights:
+        grad_weights_R = torch.sum(hidden_RF * grad_hidden_RF, dim=-1, dtype=weights_R.dtype)
         if b2 is not None:
-            grad_weight_R += grad_out_RD.to(grad_weight_R.dtype) @ b2.to(grad_weight_R.dtype)
+            grad_weights_R += grad_out_RD.to(weights_R.dtype) @ b2.to(weights_R.dtype)
     take("w2", weighted_grad_RD, hidden_RF)
     if b2 is not None:
         take("b2", weighted_grad_RD, None)
@@ -139,8 +132,8 @@ def backward_rows(
     take("w1", grad_gate_RF, weighted_x_RD)
     if stacks.b1 is not None:
         take("b1", grad_gate_RF, weight_R1)
-    if grad_x_RD is not None:
-        torch.mm(grad_gate_RF, w1, out=grad_x_RD)
+    if needs_x:
+        grad_x_RD = grad_gate_RF @ w1
     if w3 is not None:
         grad_up_RF = grad_hidden_RF.mul_(activated.detach())
         take("w3", grad_up_RF, weighted_x_RD)
@@ -150,6 +143,7 @@ def backward_rows(
             grad_x_RD.addmm_(grad_up_RF, w3)
     if grad_x_RD is not None:
         grad_x_RD *= weight_R1
+    return grad_x_RD, grad_weights_R
 
 
 def row_slices(counts: tuple[int, ...]) -> Iterator[tuple[int, slice]]:
@@ -169,12 +163,12 @@ def sum_products(grad_RA: Tensor, x_RB: Tensor | None, *, out: Tensor) -> None:
         torch.mm(grad_RA.t(), x_RB, out=out.view(grad_RA.shape[1], x_RB.shape[1]))
 
 
-def _at(stack: Tensor | None, index: int | slice) -> Tensor | None:
+def _at(stack: Tensor | None, index: int) -> Tensor | None:
     return None if stack is None else stack[index]
 
 
-def _project(x: Tensor, weight: Tensor, bias: Tensor | None, *, out: Tensor) -> Tensor:
-    """A linear layer into a tensor that is there."""
+def _project(x: Tensor, weight: Tensor, bias: Tensor | None, *, out: Tensor | None = None) -> Tensor:
+    """A linear layer, into a tensor if one is there."""
     return torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
 
 

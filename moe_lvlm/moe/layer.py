@@ -62,11 +62,12 @@ class MoELayer(nn.Module):
         if trace is not None:
             trace.record(self.site, decision)
         lora = None if self.adapters is None else self.adapters.choose(x_TD)
-        rows, route = self.dispatcher.dispatch(x_TD, decision.by_token(context), lora)
-        out_TD = self.dispatcher.combine(self.experts(rows, self.adapters), route)
-        if self.shared_experts is not None:
-            for expert in self.shared_experts:
-                out_TD = out_TD + expert(x_TD)
+        dispatch = self.dispatcher.dispatch(x_TD, decision.by_token(context), lora)
+        # while rows are under way, and their gradients in the backward pass
+        shared_TD = [] if self.shared_experts is None else [expert(x_TD) for expert in self.shared_experts]
+        out_TD = dispatch.combine(self.experts(dispatch.rows(), self.adapters))
+        for shared in shared_TD:
+            out_TD = out_TD + shared
         return out_TD.view_as(x_BSD)
 
     def held_by_expert(self) -> list[nn.Module]:

@@ -34,6 +34,10 @@ class LongTailRouter(TokenRouter):
         return self.top_k if self.settings.eea_select == "none" else max(self.top_k, self.tail_k)
 
     @property
+    def fewest_experts(self) -> int:
+        return self.top_k if self.settings.eea_select == "none" else min(self.top_k, self.tail_k)
+
+    @property
     def needs_attention(self) -> bool:  # type: ignore[override]
         return self.settings.eea_select == "instruction_aware"
 

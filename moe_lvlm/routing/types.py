@@ -141,6 +141,8 @@ class RoutingDecision(NamedTuple):
         where the router does not ask.
     conflict_RK: bool, kept slots whose token is in conflict at their expert (STGC); all False until the backward pass
         writes into it. None where the router does not ask.
+    fills_slots: whether the host knows that every slot is kept, but for those of padding. Who executes the decision then
+        needs no look at how many are.
     """
 
     logits_RE: Tensor
@@ -154,6 +156,7 @@ class RoutingDecision(NamedTuple):
     unrouted_D: Tensor | None = None
     probe_RK: Tensor | None = None
     conflict_RK: Tensor | None = None
+    fills_slots: bool = False
 
     def detach(self) -> RoutingDecision:
         """The same decision outside the graph."""

@@ -9,6 +9,8 @@ from torch import Tensor
 
 from moe_lvlm.moe.dispatch import Dispatcher
 from moe_lvlm.moe.experts import Experts
+from moe_lvlm.moe.rows import RowPlan
+from moe_lvlm.moe.types import ExpertRows
 from moe_lvlm.routing.types import RoutingDecision
 
 
@@ -38,7 +40,20 @@ def random_experts(num_experts: int, *, width: int = 6, seed: int = 0) -> Expert
     return experts
 
 
+def sorted_rows(
+    x_RD: Tensor,
+    weights_R: Tensor,
+    counts: tuple[int, ...],
+    counts_by_source: tuple[tuple[int, ...], ...] | None = None,
+    probe_R: Tensor | None = None,
+) -> ExpertRows:
+    """Rows that stand in the order of their experts, one slot each."""
+    place_R = torch.arange(len(x_RD), dtype=torch.int32)
+    plan = RowPlan(place_R, place_R[:, None], torch.tensor(counts).cumsum(0, dtype=torch.int32), counts)
+    return ExpertRows(x_RD, plan, weights_R[:, None], counts_by_source, None if probe_R is None else probe_R[:, None])
+
+
 def run_layer(dispatcher: Dispatcher, experts: Experts, x_TD: Tensor, decision: RoutingDecision) -> Tensor:
     """Dispatch, experts, combine."""
-    rows, route = dispatcher.dispatch(x_TD, decision)
-    return dispatcher.combine(experts(rows), route)
+    dispatch = dispatcher.dispatch(x_TD, decision)
+    return dispatch.combine(experts(dispatch.rows()))

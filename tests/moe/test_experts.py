@@ -13,7 +13,7 @@ from torch.nn import functional
 from torch.testing import assert_close
 
 from moe_lvlm.moe.experts import Experts
-from moe_lvlm.moe.types import ExpertRows
+from tests.moe.tables import sorted_rows
 
 # The functions as torch has them, not as transformers names them.
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -72,7 +72,7 @@ def plain_loop(experts: Experts, activation: str, x_RD: Tensor, weights_R: Tenso
 def test_outputs_and_all_gradients_equal_a_plain_loop(activation: str, is_gated: bool, has_bias: bool) -> None:
     experts = make_experts(activation=activation, is_gated=is_gated, has_bias=has_bias)
     x_RD, weights_R = make_rows()
-    out_RD = experts(ExpertRows(x_RD, weights_R, COUNTS))
+    out_RD = experts(sorted_rows(x_RD, weights_R, COUNTS))
     expected_RD = plain_loop(experts, activation, x_RD, weights_R, COUNTS)
     assert_close(out_RD, expected_RD)
 
@@ -97,7 +97,7 @@ def test_gradcheck(is_gated: bool, has_bias: bool) -> None:
     names = [name for name, _ in experts.named_parameters()]
 
     def compute(x_RD: Tensor, weights_R: Tensor, *parameters: Tensor) -> Tensor:
-        rows = ExpertRows(x_RD, weights_R, counts)
+        rows = sorted_rows(x_RD, weights_R, counts)
         return torch.func.functional_call(experts, dict(zip(names, parameters, strict=True)), (rows,))
 
     x_RD, weights_R = make_rows(counts, width=3)
@@ -107,7 +107,7 @@ def test_gradcheck(is_gated: bool, has_bias: bool) -> None:
 
 def test_an_expert_without_rows_has_a_gradient_of_zero() -> None:
     experts = make_experts(has_bias=True)
-    experts(ExpertRows(*make_rows(), COUNTS)).sum().backward()
+    experts(sorted_rows(*make_rows(), COUNTS)).sum().backward()
     for name, parameter in experts.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad[1].abs().sum() == 0, name
@@ -117,7 +117,7 @@ def test_an_expert_without_rows_has_a_gradient_of_zero() -> None:
 def test_no_row_at_all_still_gives_every_gradient() -> None:
     experts = make_experts(has_bias=True)
     x_RD, weights_R = make_rows((0, 0, 0, 0))
-    out_RD = experts(ExpertRows(x_RD, weights_R, (0, 0, 0, 0)))
+    out_RD = experts(sorted_rows(x_RD, weights_R, (0, 0, 0, 0)))
     assert out_RD.shape == (0, 5)
     out_RD.sum().backward()
     assert x_RD.grad is not None
@@ -128,11 +128,11 @@ def test_no_row_at_all_still_gives_every_gradient() -> None:
 @pytest.mark.parametrize("frozen", ["w1", "w2", "w3", "b1", "b2", "b3"])
 def test_a_frozen_parameter_leaves_the_other_gradients_as_they_are(frozen: str) -> None:
     experts = make_experts(has_bias=True)
-    experts(ExpertRows(*make_rows(), COUNTS)).sum().backward()
+    experts(sorted_rows(*make_rows(), COUNTS)).sum().backward()
     expected = {name: parameter.grad for name, parameter in experts.named_parameters()}
     experts.zero_grad()
     experts.get_parameter(frozen).requires_grad_(False)
-    experts(ExpertRows(*make_rows(), COUNTS)).sum().backward()
+    experts(sorted_rows(*make_rows(), COUNTS)).sum().backward()
     for name, parameter in experts.named_parameters():
         if name == frozen:
             assert parameter.grad is None
@@ -147,7 +147,7 @@ def test_frozen_experts_pass_the_gradient_on() -> None:
     expected_x, expected_weights = x_RD.grad, weights_R.grad
     experts.requires_grad_(False)
     x_RD, weights_R = make_rows()
-    experts(ExpertRows(x_RD, weights_R, COUNTS)).sum().backward()
+    experts(sorted_rows(x_RD, weights_R, COUNTS)).sum().backward()
     assert_close(x_RD.grad, expected_x)
     assert_close(weights_R.grad, expected_weights)
 
@@ -155,7 +155,7 @@ def test_frozen_experts_pass_the_gradient_on() -> None:
 def test_input_without_gradient() -> None:
     experts = make_experts()
     x_RD, weights_R = make_rows()
-    experts(ExpertRows(x_RD.detach(), weights_R.detach(), COUNTS)).sum().backward()
+    experts(sorted_rows(x_RD.detach(), weights_R.detach(), COUNTS)).sum().backward()
     expected = torch.autograd.grad(plain_loop(experts, "silu", x_RD, weights_R, COUNTS).sum(), experts.w1)[0]
     assert_close(experts.w1.grad, expected)
 
@@ -164,7 +164,7 @@ def test_expanded_gradient_from_above() -> None:
     # .sum() hands a stride-0 gradient down
     experts = make_experts()
     x_RD, weights_R = make_rows()
-    (grad,) = torch.autograd.grad(experts(ExpertRows(x_RD, weights_R, COUNTS)).sum(), x_RD)
+    (grad,) = torch.autograd.grad(experts(sorted_rows(x_RD, weights_R, COUNTS)).sum(), x_RD)
     (expected,) = torch.autograd.grad(plain_loop(experts, "silu", x_RD, weights_R, COUNTS).sum(), x_RD)
     assert_close(grad, expected)
 
@@ -182,7 +182,7 @@ def test_bf16_is_close_to_float32(is_gated: bool) -> None:
         typed.zero_grad()
         x = x_RD.detach().to(dtype).requires_grad_()
         weights = weights_R.detach().float().requires_grad_()
-        out_RD = typed(ExpertRows(x, weights, COUNTS))
+        out_RD = typed(sorted_rows(x, weights, COUNTS))
         assert out_RD.dtype == dtype
         out_RD.sum().backward()
         assert weights.grad is not None
@@ -198,7 +198,7 @@ def test_bf16_is_close_to_float32(is_gated: bool) -> None:
 def test_under_autocast_it_runs_and_stays_close() -> None:
     experts = make_experts(has_bias=True).float()
     x_RD, weights_R = make_rows()
-    rows = ExpertRows(x_RD.detach().float(), weights_R.detach().float(), COUNTS)
+    rows = sorted_rows(x_RD.detach().float(), weights_R.detach().float(), COUNTS)
     expected_RD = experts(rows)
     with torch.autocast("cpu", torch.bfloat16):
         out_RD = experts(rows)
@@ -206,8 +206,8 @@ def test_under_autocast_it_runs_and_stays_close() -> None:
 
 
 def test_wrong_number_of_counts_is_refused() -> None:
-    with pytest.raises(ValueError, match="3 row counts for 4 experts"):
-        make_experts()(ExpertRows(*make_rows(), (3, 4, 1)))
+    with pytest.raises(ValueError, match="a plan for 3 experts; there are 4"):
+        make_experts()(sorted_rows(*make_rows(), (3, 4, 1)))
 
 
 def test_unknown_activation_names_what_is_allowed() -> None:

@@ -14,7 +14,7 @@ from transformers.models.phi3.modeling_phi3 import Phi3MLP
 
 from moe_lvlm.moe.experts import Experts
 from moe_lvlm.moe.ffn import FUSED_GATED, GATED, TWO_LAYER, FFNLayout, copy_dense_into, cut_experts, ffn_shape
-from moe_lvlm.moe.types import ExpertRows
+from tests.moe.tables import sorted_rows
 from tests.tiny_models import HIDDEN, shake, tiny_text_config
 
 FFN_WIDTH = 48
@@ -55,7 +55,7 @@ def cut(kind: str, *, num_experts: int, fine_grained: int) -> tuple[nn.Module, E
 def outputs_of_each(experts: Experts, x_TD: Tensor) -> list[Tensor]:
     """Every expert's output [T, D] for the same tokens with weight 1."""
     count = experts.w1.shape[0]
-    rows = ExpertRows(x_TD.repeat(count, 1), torch.ones(count * len(x_TD)), (len(x_TD),) * count)
+    rows = sorted_rows(x_TD.repeat(count, 1), torch.ones(count * len(x_TD)), (len(x_TD),) * count)
     return list(experts(rows).chunk(count))
 
 
