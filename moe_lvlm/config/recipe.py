@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, StrictBool, field_validator, model_validator
 
 from moe_lvlm.config.adapter import Adapter
 from moe_lvlm.config.base import Settings
@@ -130,6 +130,11 @@ class DataSettings(Settings):
         MoCLE's gates by cluster and by dataset.
     bad_sample_limit: share of records that may be bad (skipped, counted, listed in the run's bad_samples.jsonl)
         before the run stops.
+    batching: `padded` gives each sample of a micro-batch a row; `packed` puts all into one row without padding, attention
+        within each. balance: a step's samples are spread over its micro-batches by length (docs/data.md).
+    num_workers: processes a rank that load ahead, `prefetch` micro-batches each; 0 loads in the trainer.
+    feature_cache: a folder that `tools/cache_features.py` made; training reads the frozen tower's features from it in
+        place of images.
     """
 
     image_root: str = "."
@@ -139,9 +144,13 @@ class DataSettings(Settings):
     connector_words: Literal["question", "instruction"] = "question"
     task_types: tuple[TaskTypeSettings, ...] = ()
     clusters: str | None = None
+    feature_cache: str | None = None
     max_length: int = Field(default=2048, ge=8)
     bad_sample_limit: float = Field(default=0.001, ge=0, le=1)
     num_workers: int = Field(default=0, ge=0)
+    batching: Literal["padded", "packed"] = "padded"
+    balance: bool = False
+    prefetch: int = Field(default=2, ge=1)
 
 
 class OptimizerSettings(Settings):
@@ -190,6 +199,8 @@ class CheckpointSettings(Settings):
 class TrainSettings(Settings):
     """How a step is made, the same for all stages.
 
+    gradient_checkpointing: layers that compute their activations again in the backward pass instead of keeping them: none,
+        all, or a number of the language model's, those without experts first.
     loss_average: `step` divides the sum of token losses by the supervised tokens of the whole step; `micro_batch`
         averages each micro-batch by itself (compat with DeepSpeed's and LLaVA's code).
     hang_timeout: seconds without progress (a step, or a part of a start or a save) after which a process writes its
@@ -198,7 +209,7 @@ class TrainSettings(Settings):
 
     precision: Literal["fp32", "bf16"] = "bf16"
     gradient_clipping: float = Field(default=1.0, ge=0)
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: StrictBool | Annotated[int, Field(ge=1, strict=True)] = False
     loss_average: Literal["step", "micro_batch"] = "step"
     optimizer: OptimizerSettings = OptimizerSettings()
     schedule: ScheduleSettings = ScheduleSettings()

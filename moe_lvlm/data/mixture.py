@@ -22,6 +22,7 @@ from moe_lvlm.data.collator import Collator
 from moe_lvlm.data.connector_text import ConnectorText
 from moe_lvlm.data.draws import draw_number
 from moe_lvlm.data.errors import BadRecordError, DataFileError, RecordFault
+from moe_lvlm.data.features import FeatureCache
 from moe_lvlm.data.json_files import RecordFile
 from moe_lvlm.data.layout import LLAVA, LLAVA_FIRST_TURN, Layout
 from moe_lvlm.data.llava_json import read_records
@@ -73,6 +74,14 @@ class Source:
         record = self.record(index, draw)
         try:
             return builder.sample(record, self.image_root, dataset=self.name, key=self.key(index), draw=draw)
+        except RecordFault as fault:
+            raise self._bad(index, record.id, fault) from fault
+
+    def length(self, index: int, builder: SampleBuilder, draw: int | None = None) -> int:
+        """Tokens of the record's training sample, whose images are not decoded. Raises BadRecordError."""
+        record = self.record(index, draw)
+        try:
+            return builder.length(record, self.image_root)
         except RecordFault as fault:
             raise self._bad(index, record.id, fault) from fault
 
@@ -128,6 +137,14 @@ class MixtureDataset:
         source, index = self.locate(draw)
         return source.sample(index, self.builder, draw_number(self.seed, *draw))
 
+    def length(self, draw: Draw) -> int:
+        """Tokens of a draw's sample; 0 if its record is bad, as far as that shows without its images."""
+        source, index = self.locate(draw)
+        try:
+            return source.length(index, self.builder, draw_number(self.seed, *draw))
+        except BadRecordError:  # counted when the sample is drawn
+            return 0
+
     def locate(self, draw: Draw) -> tuple[Source, int]:
         """The source and the index in it that a draw stands for."""
         epoch, position = draw
@@ -173,15 +190,28 @@ def build_dataset(
         raise ValueError(
             f"data.mixture: {len(ratios)} of {len(mixture)} sources have a ratio; allowed: all of them, or none"
         )
+    features = open_features(settings)
     builder = build_samples(
-        settings, template, processor, num_image_tokens, answers_apart=answers_apart, mixture=mixture
+        settings,
+        template,
+        processor,
+        num_image_tokens,
+        answers_apart=answers_apart,
+        mixture=mixture,
+        features=features,
     )
     _check_datasets(builder)
     sources = [open_records(source, settings.image_root) for source in mixture]
     weights = [source.weight for source in mixture]
     num_draws = draws_by_ratio(sources, ratios) if ratios else draws_by_weight(sources, weights)
     dataset = MixtureDataset(sources, num_draws, builder, seed=seed)
-    return dataset, Collator.for_processor(processor, has_task_labels=bool(settings.task_types))
+    collator = Collator.for_processor(
+        processor,
+        has_task_labels=bool(settings.task_types),
+        is_packed=settings.batching == "packed",
+        feature_shape=None if features is None else features.shape,
+    )
+    return dataset, collator
 
 
 def _check_datasets(builder: SampleBuilder) -> None:
@@ -202,10 +232,12 @@ def build_samples(
     *,
     answers_apart: bool = False,
     mixture: Sequence[SourceSettings] | None = None,
+    features: FeatureCache | None = None,
 ) -> SampleBuilder:
     """The maker of samples and prompts that a recipe's `data` describes.
 
-    mixture: the stage's own; None takes that of `settings`. A processor with a `qformer_tokenizer` (InstructBLIP's) has a
+    mixture: the stage's own; None takes that of `settings`. features: what training samples take in the place of images.
+    A processor with a `qformer_tokenizer` (InstructBLIP's) has a
     connector that reads words, the others none. Raises TemplateError, or DataFileError for the table of clusters.
     """
     check_processor(processor)
@@ -229,6 +261,7 @@ def build_samples(
         answers_apart=answers_apart,
         reads_instruction=settings.connector_words == "instruction",
         datasets=[source_name(source) for source in (settings.mixture if mixture is None else mixture)],
+        features=features,
     )
 
 
@@ -237,6 +270,14 @@ def open_clusters(settings: DataSettings) -> ClusterTable | None:
     if settings.clusters is None:
         return None
     return ClusterTable.load(resolve_path(settings.clusters, settings.image_root))
+
+
+def open_features(settings: DataSettings) -> FeatureCache | None:
+    """The cache that `data.feature_cache` names, if it names one. Raises DataFileError."""
+    if settings.feature_cache is None:
+        return None
+    folder = resolve_path(settings.feature_cache, settings.image_root)
+    return FeatureCache(folder, base=packs.resolve(settings.image_root))
 
 
 def needed_data(

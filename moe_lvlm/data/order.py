@@ -39,17 +39,20 @@ class StepOrder:
         """Micro-batches of a step, over all ranks."""
         return self.global_batch // self.micro_batch
 
-    def step(self, step: int) -> tuple[MicroBatchDraws, ...]:
-        """All micro-batches of a step (from 0)."""
+    def draws(self, step: int) -> list[Draw]:
+        """The draws of a step (from 0), in the order of the stream."""
         first = step * self.global_batch
-        draws = [self._draw(number) for number in range(first, first + self.global_batch)]
-        size = self.micro_batch
+        return [self._draw(number) for number in range(first, first + self.global_batch)]
+
+    def step(self, step: int) -> tuple[MicroBatchDraws, ...]:
+        """All micro-batches of a step (from 0), cut from its draws in their order."""
+        draws, size = self.draws(step), self.micro_batch
         return tuple(tuple(draws[start : start + size]) for start in range(0, self.global_batch, size))
 
-    def rank_step(self, step: int, *, rank: int, world_size: int) -> tuple[MicroBatchDraws, ...]:
+    def numbers(self, *, rank: int, world_size: int) -> range:
         """The micro-batches of a step that one rank takes. Raises ValueError as `check_world_size`."""
         self.check_world_size(world_size)
-        return self.step(step)[rank::world_size]
+        return range(rank, self.num_micro_batches, world_size)
 
     def check_world_size(self, world_size: int) -> None:
         """Raises ValueError unless every rank gets the same number of micro-batches."""

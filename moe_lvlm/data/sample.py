@@ -1,12 +1,14 @@
 """A record as the model sees it: token ids with one placeholder a visual token, labels, pixels.
 
 S sequence   A answer   L words of the connector   n images   C, H, W channels, height, width
+M features of an image   D their width
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,8 @@ from transformers import ProcessorMixin
 from moe_lvlm.data.clusters import InstructionClusters
 from moe_lvlm.data.connector_text import ConnectorText
 from moe_lvlm.data.errors import ImageSizeError, RecordFault, TemplateError
+from moe_lvlm.data.features import FeatureCache
+from moe_lvlm.data.image_sizes import ImageSizes
 from moe_lvlm.data.images import load_image
 from moe_lvlm.data.instructions import first_instruction
 from moe_lvlm.data.records import IMAGE_MARK, Record, Turn, check_turns
@@ -38,6 +42,7 @@ class Sample:
     key: `<dataset>/<index>`. input_ids [S] int64, image marks expanded. labels [S] int64, not shifted, -100 except on
     answers; where answers stand apart (encoder-decoder) [1 + A], the first for the decoder's start, and input_ids are the
     prompt. instruction [S] bool, the user's words without image tokens. pixel_values [n, C, H, W] float32, or None.
+    image_features [n, M, D], in the type of the cache that they are from, in their place; None without images or cache.
     image_tokens: placeholders of each image. task: the record's own; task_label: its number by the recipe's rules, None
     if none fits. cluster: of its first instruction, None without a table of clusters. connector_ids [L] int64, what the
     connector reads beside each image, None if it reads nothing. dataset_index: of its dataset in the mixture, None where
@@ -58,6 +63,7 @@ class Sample:
     connector_ids: Tensor | None = None
     draw: int | None = None
     dataset_index: int | None = None
+    image_features: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +77,15 @@ class Prompt:
     cluster: int | None = None
     connector_ids: Tensor | None = None
     dataset_index: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class _Images:
+    """Fields as in `Sample`."""
+
+    pixel_values: Tensor | None
+    image_tokens: tuple[int, ...]
+    image_features: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +106,7 @@ class SampleBuilder:
     with `closes_prompt`). connector_text: None where the connector reads no words.
     reads_instruction: it reads the whole first human turn, even where a record tells its bare question. datasets: names
     of the mixture's, in its order; what is from another one has the index that the table of clusters gives its
-    instruction, if that is a table by dataset.
+    instruction, if that is a table by dataset. features: samples take these in the place of images; prompts never do.
     """
 
     def __init__(
@@ -107,6 +122,7 @@ class SampleBuilder:
         answers_apart: bool = False,
         reads_instruction: bool = False,
         datasets: Sequence[str] = (),
+        features: FeatureCache | None = None,
     ) -> None:
         self.processor = processor
         self.template = template
@@ -117,13 +133,25 @@ class SampleBuilder:
         self.answers_apart = answers_apart
         self.reads_instruction = reads_instruction
         self.datasets = tuple(datasets)
+        self.features = features
         self._num_image_tokens = num_image_tokens
+        self._image_sizes = ImageSizes(partial(process_image, processor))
+
+    def length(self, record: Record, image_root: Path) -> int:
+        """Tokens of the training sample of a record, prompt and answer, whose images are not decoded. Raises RecordFault
+        for what is wrong with the rest."""
+        rendered = self.template.render(record.turns)
+        if self.features is None:
+            sizes = [self._image_sizes.processed(image_root, path) for path in record.images]
+            image_tokens = tuple(self._num_image_tokens(self.processor, *size) for size in sizes)
+        else:
+            image_tokens = (self._tokens_of_features(self.features),) * len(record.images)
+        return len(self._cut(self._tokens(rendered, image_tokens)).ids)
 
     def sample(self, record: Record, image_root: Path, *, dataset: str, key: str, draw: int | None = None) -> Sample:
         """The training sample of a record. draw: the number of the draw that brought it. Raises RecordFault."""
-        images = [load_image(image_root, path) for path in record.images]
-        tokens, pixel_values, image_tokens = self._encode(record.turns, images)
-        tokens = self._cut(tokens)
+        images = self._record_images(record, image_root)
+        tokens = self._cut(self._tokens(self.template.render(record.turns), images.image_tokens))
         if self.answers_apart:
             tokens = _part(tokens)
         cluster = self._cluster(record.turns)
@@ -134,13 +162,14 @@ class SampleBuilder:
             input_ids=torch.from_numpy(tokens.ids),
             labels=torch.from_numpy(tokens.labels),
             instruction=torch.from_numpy(tokens.instruction),
-            pixel_values=pixel_values,
-            image_tokens=image_tokens,
+            pixel_values=images.pixel_values,
+            image_tokens=images.image_tokens,
             task_label=None if self.tasks is None else self.tasks.label(record, dataset),
             cluster=cluster,
             connector_ids=self._connector_ids(record.turns, record.question),
             draw=draw,
             dataset_index=self._dataset_index(dataset, cluster),
+            image_features=images.image_features,
         )
 
     def prompt(
@@ -164,13 +193,14 @@ class SampleBuilder:
             raise RecordFault("the last turn of a prompt is an answer; it must be a human's")
         if num_marks != len(images):
             raise RecordFault(f"the turns hold {num_marks} {IMAGE_MARK} mark(s) for {len(images)} image(s)")
-        tokens, pixel_values, image_tokens = self._encode(turns, images)
+        processed = self._processed(images)
+        tokens = self._tokens(self.template.render(turns), processed.image_tokens)
         cluster = self._cluster(turns)
         return Prompt(
             input_ids=torch.from_numpy(tokens.ids),
             instruction=torch.from_numpy(tokens.instruction),
-            pixel_values=pixel_values,
-            image_tokens=image_tokens,
+            pixel_values=processed.pixel_values,
+            image_tokens=processed.image_tokens,
             cluster=cluster,
             connector_ids=self._connector_ids(turns, connector_words),
             dataset_index=self._dataset_index(dataset, cluster),
@@ -197,22 +227,27 @@ class SampleBuilder:
             words = first_instruction(turns)
         return self.connector_text(words)
 
-    def _encode(
-        self, turns: Sequence[Turn], images: Sequence[Image.Image]
-    ) -> tuple[_Tokens, Tensor | None, tuple[int, ...]]:
-        rendered = self.template.render(turns)
-        pixels = [self._process(image) for image in images]
+    def _record_images(self, record: Record, image_root: Path) -> _Images:
+        if self.features is None:
+            return self._processed([load_image(image_root, path) for path in record.images])
+        features = [self.features.read(image_root, path) for path in record.images]
+        image_tokens = (self._tokens_of_features(self.features),) * len(features)
+        return _Images(None, image_tokens, torch.stack(features) if features else None)
+
+    def _tokens_of_features(self, features: FeatureCache) -> int:
+        """A Q-Former makes as many tokens of an image as it has queries, a projector one of each feature."""
+        num_queries: int | None = getattr(self.processor, "num_query_tokens", None)
+        return features.shape[0] if num_queries is None else num_queries
+
+    def _processed(self, images: Sequence[Image.Image]) -> _Images:
+        pixels = [process_image(self.processor, image) for image in images]
         if len({image.shape for image in pixels}) > 1:
             raise ImageSizeError(
                 f"the image processor gave sizes {sorted({tuple(image.shape[-2:]) for image in pixels})} (height, width)"
                 " within one record; images of a record must have one processed size: set a fixed size or crop_size"
             )
         image_tokens = tuple(self._num_image_tokens(self.processor, *image.shape[-2:]) for image in pixels)
-        return self._tokens(rendered, image_tokens), torch.stack(pixels) if pixels else None, image_tokens
-
-    def _process(self, image: Image.Image) -> Tensor:
-        pixel_values = self.processor.image_processor(images=[image], return_tensors="pt")["pixel_values"]
-        return pixel_values[0].float()
+        return _Images(torch.stack(pixels) if pixels else None, image_tokens)
 
     def _tokens(self, rendered: Rendered, image_tokens: tuple[int, ...]) -> _Tokens:
         ids_list, starts_list = tokenize(self.processor.tokenizer, rendered.text, rendered.cuts)
@@ -250,6 +285,12 @@ def _part(tokens: _Tokens) -> _Tokens:
     first = int(np.argmax(tokens.labels != IGNORED_LABEL))
     labels = np.concatenate(([IGNORED_LABEL], tokens.labels[first:]))
     return _Tokens(tokens.ids[:first], labels, tokens.instruction[:first])
+
+
+def process_image(processor: ProcessorMixin, image: Image.Image) -> Tensor:
+    """What the tower reads of one RGB image, [C, H, W] float32."""
+    pixel_values: Tensor = processor.image_processor(images=[image], return_tensors="pt")["pixel_values"]
+    return pixel_values[0].float()
 
 
 def check_processor(processor: ProcessorMixin) -> None:

@@ -1,6 +1,7 @@
 """InstructBLIP whose Q-Former may be a Q-MoE: for decoder-only and for encoder-decoder language models.
 
-B batch   S sequence   I images   C channels   Q queries   L width of the language model
+B batch   S sequence   I images   C channels   M features of an image   W their width   Q queries
+L width of the language model
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     GenerationMixin,
     InstructBlipForConditionalGeneration,
@@ -32,8 +33,10 @@ from moe_lvlm.models.connectors import blank_inputs, connector_inputs, connector
 from moe_lvlm.models.context import derive_context
 from moe_lvlm.models.images import blank_image
 from moe_lvlm.models.instructblip_config import MoEInstructBlipConfig
-from moe_lvlm.models.language_loss import Losses, language_loss, sum_losses
+from moe_lvlm.models.language_loss import Losses, Supervised, language_loss, sum_losses
+from moe_lvlm.models.packed_attention import packed_inputs
 from moe_lvlm.models.prompt_routing import PromptRoutingMixin, prompt_decisions
+from moe_lvlm.models.tower import is_frozen
 from moe_lvlm.routing.trace import RoutingTrace
 from moe_lvlm.routing.types import RoutingContext, RoutingDecision, Site
 
@@ -61,7 +64,8 @@ class MoEInstructBlipForConditionalGeneration(PromptRoutingMixin, InstructBlipFo
     decoder-only; parameters have InstructBLIP's names.
 
     In training the parts run in the same order whatever a batch holds: without an image, on a blank one whose visual
-    tokens are added times 0 and whose decisions count nowhere.
+    tokens are added times 0 and whose decisions count nowhere. Where features come from a cache, no batch runs the vision
+    model.
     """
 
     config: MoEInstructBlipConfig
@@ -103,32 +107,50 @@ class MoEInstructBlipForConditionalGeneration(PromptRoutingMixin, InstructBlipFo
         cluster_ids: Tensor | None = None,
         dataset_ids: Tensor | None = None,
         prompt_routing: dict[Site, RoutingDecision] | None = None,
+        sample_lengths: tuple[int, ...] | None = None,
+        image_features: Tensor | None = None,
         **kwargs: Any,
     ) -> MoEInstructBlipOutput:
         """One pass over [B, S] tokens.
 
-        pixel_values: [I, C, H, W], images in the order of their marks. qformer_input_ids, qformer_attention_mask: [I, W],
+        pixel_values: [I, C, H, W], images in the order of their marks. image_features: [I, M, W], the vision model's of
+        the same images in their place, as `data.feature_cache` has them; with I = 0 for a batch without images.
+        qformer_input_ids, qformer_attention_mask: [I, W],
         the words that the Q-Former reads beside each.
         labels: decoder-only [B, S]; encoder-decoder [B, answer], whose first column stands for the decoder's start; not
         shifted, -100 where there is no loss. decoder_input_ids: [B, answer], made of the labels if absent, or the start.
         routing: facts about the tokens, derived if absent. output_routing: give the trace back.
         num_items_in_batch: divisor of the summed token losses; None means the supervised tokens of this call.
+        In training with labels a decoder-only model's head computes no columns without a loss, and `logits` are None.
         inputs_embeds: [B, S, L] of these input_ids, images in them, if they are there already. position_ids,
         past_key_values: of a decoder-only language model. instruction_mask, cluster_ids, dataset_ids, prompt_routing: as
-        in `MoELlavaForConditionalGeneration.forward`, for gates of adapters.
+        in `MoELlavaForConditionalGeneration.forward`, for gates of adapters. sample_lengths: as there, for a decoder-only
+        language model.
 
         Raises:
-            ValueError: no input_ids, or images without words for the Q-Former.
+            ValueError: no input_ids, images without words for the Q-Former, or both images and features.
         """
         if input_ids is None:
             raise ValueError("input_ids are needed: they say where the images stand")
+        if image_features is not None and pixel_values is not None:
+            raise ValueError("image_features go in the place of pixel_values; allowed: one of the two")
+        arguments: dict[str, Any] = {}
+        if sample_lengths is not None:
+            attention_mask, arguments = packed_inputs(
+                self.get_decoder().config,
+                sample_lengths,
+                input_ids=input_ids,
+                position_ids=position_ids,
+                attention_mask=attention_mask,
+                is_routed_blindly=self.config.is_routed and routing is None,
+            )
         is_cached = past_key_values is not None and past_key_values.get_seq_length() > 0
         if routing is None and self.config.is_routed:
             routing = derive_context(
                 input_ids,
                 attention_mask=attention_mask,
                 image_token_id=self.config.image_token_id,
-                num_images=self._count_images(input_ids, pixel_values, inputs_embeds),
+                num_images=self._count_images(input_ids, pixel_values, inputs_embeds, image_features),
                 is_cached=is_cached,
                 instruction_mask=instruction_mask,
                 cluster_ids=cluster_ids,
@@ -140,7 +162,12 @@ class MoEInstructBlipForConditionalGeneration(PromptRoutingMixin, InstructBlipFo
             if is_cached:
                 inputs_embeds = self.get_input_embeddings()(input_ids)
             else:
-                inputs_embeds = self._embed(input_ids, pixel_values, qformer_input_ids, qformer_attention_mask, trace)
+                words = (qformer_input_ids, qformer_attention_mask)
+                if image_features is not None:
+                    inputs_embeds = self._embed_features(input_ids, image_features, *words, trace)
+                else:
+                    inputs_embeds = self._embed(input_ids, pixel_values, *words, trace)
+        supervised = None
         if self.config.is_answer_apart:
             output = self.language_model(
                 inputs_embeds=inputs_embeds,
@@ -150,26 +177,31 @@ class MoEInstructBlipForConditionalGeneration(PromptRoutingMixin, InstructBlipFo
                 return_dict=True,
             )
         else:
+            kept: int | Tensor = logits_to_keep
+            if labels is not None and self.training:
+                kept, supervised = Supervised.of(labels).columns(labels.shape[1])
             output = self.language_model(
                 inputs_embeds=inputs_embeds,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 past_key_values=past_key_values,
                 use_cache=use_cache,
-                logits_to_keep=logits_to_keep,
+                logits_to_keep=kept,
                 return_dict=True,
+                **arguments,
                 **self._for_gates(trace),
             )
-        losses = Losses()
-        if labels is not None:
+        logits, language = output.logits, None
+        if supervised is not None:
+            language = supervised.loss(supervised.select(logits), num_items_in_batch=num_items_in_batch)
+            logits = None
+        elif labels is not None:
             vocab_size = self.config.text_config.vocab_size
-            language = language_loss(
-                output.logits, labels, vocab_size=vocab_size, num_items_in_batch=num_items_in_batch
-            )
-            losses = sum_losses(language, connector_loss(trace, self.qformer))
+            language = language_loss(logits, labels, vocab_size=vocab_size, num_items_in_batch=num_items_in_batch)
+        losses = Losses() if language is None else sum_losses(language, connector_loss(trace, self.qformer))
         return MoEInstructBlipOutput(
             loss=losses.total,
-            logits=output.logits,
+            logits=logits,
             language_model_outputs=output,
             language_loss=losses.language,
             balance_loss=losses.balance,
@@ -200,10 +232,16 @@ class MoEInstructBlipForConditionalGeneration(PromptRoutingMixin, InstructBlipFo
         features = self.vision_model(
             pixel_values=pixel_values, interpolate_pos_encoding=interpolate_pos_encoding
         ).last_hidden_state
-        queried = query(self.qformer, self.query_tokens, features, inputs)
         return BaseModelOutputWithVisionQformerOutputs(
-            last_hidden_state=features, pooler_output=self.language_projection(queried)
+            last_hidden_state=features, pooler_output=self._connect(features, inputs)
         )
+
+    def train(self, mode: bool = True) -> MoEInstructBlipForConditionalGeneration:
+        """As of any module; but a vision model of which nothing is trained stays as in evaluation (`MoELlavaModel`)."""
+        super().train(mode)
+        if is_frozen(self.vision_model):
+            self.vision_model.eval()
+        return self
 
     @torch.no_grad()
     def generate(
@@ -251,9 +289,24 @@ class MoEInstructBlipForConditionalGeneration(PromptRoutingMixin, InstructBlipFo
         """What gradient checkpointing is for: the parts that gradients pass."""
         yield from (self.qformer, self.language_model)
 
-    def _count_images(self, input_ids: Tensor, pixel_values: Tensor | None, inputs_embeds: Tensor | None) -> int:
+    def language_layers(self) -> list[nn.ModuleList]:
+        """The language model's layers; of an encoder-decoder one of the encoder and one of the decoder at a time."""
+        if self.config.is_answer_apart:
+            stacks = (self.language_model.encoder.block, self.language_model.decoder.block)
+            return [nn.ModuleList(pair) for pair in zip(*stacks, strict=True)]
+        return [nn.ModuleList([layer]) for layer in self.get_decoder().layers]
+
+    def _count_images(
+        self,
+        input_ids: Tensor,
+        pixel_values: Tensor | None,
+        inputs_embeds: Tensor | None,
+        image_features: Tensor | None,
+    ) -> int:
         if pixel_values is not None:
             return pixel_values.shape[0]
+        if image_features is not None:
+            return image_features.shape[0]
         if inputs_embeds is None:
             return 0
         return int((input_ids == self.config.image_token_id).sum()) // self.config.num_query_tokens
@@ -291,7 +344,38 @@ class MoEInstructBlipForConditionalGeneration(PromptRoutingMixin, InstructBlipFo
         inputs = connector_inputs(
             qformer_input_ids, qformer_attention_mask, num_images=pixel_values.shape[0], trace=trace
         )
-        features = self.get_image_features(pixel_values, inputs=inputs).pooler_output.to(embeds.dtype)
+        features = self.get_image_features(pixel_values, inputs=inputs).pooler_output
+        return self._put_images(input_ids, embeds, features.to(embeds.dtype))
+
+    def _embed_features(
+        self,
+        input_ids: Tensor,
+        features_IMW: Tensor,
+        qformer_input_ids: Tensor | None,
+        qformer_attention_mask: Tensor | None,
+        trace: RoutingTrace | None,
+    ) -> Tensor:
+        """The same with features in the place of images; the vision model is not called."""
+        embeds = self.get_input_embeddings()(input_ids)
+        num_images = features_IMW.shape[0]
+        if not num_images:
+            if not self.training:
+                return embeds
+            blank_1MW = features_IMW.new_zeros(1, *features_IMW.shape[1:])
+            visual = self._connect(blank_1MW.to(embeds.dtype), blank_inputs(trace, embeds.device))
+            return embeds + 0 * visual.mean().to(embeds.dtype)
+        inputs = connector_inputs(qformer_input_ids, qformer_attention_mask, num_images=num_images, trace=trace)
+        visual = self._connect(features_IMW.to(embeds.dtype), inputs)
+        return self._put_images(input_ids, embeds, visual.to(embeds.dtype))
+
+    def _connect(self, features_IMW: Tensor, inputs: ConnectorInputs) -> Tensor:
+        """Visual tokens of features, [I, Q, L]."""
+        queried = query(self.qformer, self.query_tokens, features_IMW, inputs)
+        visual: Tensor = self.language_projection(queried)
+        return visual
+
+    def _put_images(self, input_ids: Tensor, embeds: Tensor, features: Tensor) -> Tensor:
+        """Visual tokens [I, Q, L] where image tokens stand."""
         is_visual = (input_ids == self.config.image_token_id)[..., None]
         if int(is_visual.sum()) * embeds.shape[-1] != features.numel():
             raise ValueError(

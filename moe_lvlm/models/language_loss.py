@@ -1,13 +1,13 @@
 """The loss of the next token, and what is added to it.
 
-B batch   S sequence   V vocabulary
+B batch   S sequence   D model width   V vocabulary   n supervised positions
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 
@@ -22,6 +22,37 @@ def language_loss(
     if num_items_in_batch is None:
         num_items_in_batch = (labels_BS[:, 1:] != -100).sum().clamp_min(1)
     return ForCausalLMLoss(logits_BSV, labels_BS, vocab_size, num_items_in_batch=num_items_in_batch)
+
+
+class Supervised(NamedTuple):
+    """The positions of a batch whose next token has a loss. position_n: int64, b * S + s, in order. target_n: that token."""
+
+    position_n: Tensor
+    target_n: Tensor
+
+    @staticmethod
+    def of(labels_BS: Tensor) -> Supervised:
+        """labels_BS: not shifted, -100 where there is no loss. The host looks at how many there are."""
+        next_BS = nn.functional.pad(labels_BS[:, 1:], (0, 1), value=-100).flatten()
+        position_n = (next_BS != -100).nonzero().squeeze(1)
+        return Supervised(position_n, next_BS[position_n])
+
+    def select(self, hidden_BSD: Tensor) -> Tensor:
+        """Their rows, [n, D]."""
+        return hidden_BSD.flatten(0, 1).index_select(0, self.position_n)
+
+    def columns(self, length: int) -> tuple[Tensor, Supervised]:
+        """The columns [U] in which any row of the batch has one, and the same positions among these alone; for language
+        models that can leave out columns, not positions. length: S."""
+        column_U, place_n = (self.position_n % length).unique(return_inverse=True)
+        return column_U, Supervised(self.position_n // length * len(column_U) + place_n, self.target_n)
+
+    def loss(self, logits_nV: Tensor, *, num_items_in_batch: Tensor | None) -> Tensor:
+        """As `language_loss`, from the logits at these positions alone."""
+        total = nn.functional.cross_entropy(logits_nV.float(), self.target_n, reduction="sum")
+        return total / (
+            max(len(self.target_n), 1) if num_items_in_batch is None else num_items_in_batch.to(total.device)
+        )
 
 
 class Losses(NamedTuple):

@@ -1,6 +1,6 @@
 """The vision-language model: transformers' LLaVA whose language model may hold a mixture of experts.
 
-B batch   S sequence   D model width   I images   C channels
+B batch   S sequence   D model width   I images   C channels   M features of an image   W their width
 """
 
 from __future__ import annotations
@@ -30,8 +30,10 @@ from moe_lvlm.models.config import MoELlavaConfig
 from moe_lvlm.models.connectors import blank_inputs, connector_inputs, connector_loss
 from moe_lvlm.models.context import derive_context
 from moe_lvlm.models.images import blank_image
-from moe_lvlm.models.language_loss import Losses, language_loss, sum_losses
+from moe_lvlm.models.language_loss import Losses, Supervised, language_loss, sum_losses
+from moe_lvlm.models.packed_attention import packed_inputs
 from moe_lvlm.models.prompt_routing import PromptRoutingMixin, prompt_decisions
+from moe_lvlm.models.tower import is_frozen
 from moe_lvlm.moe.experts import Experts
 from moe_lvlm.moe.upcycle import upcycle_decoder
 from moe_lvlm.routing.gates import Gate
@@ -92,11 +94,22 @@ class MoELlavaModel(LlavaModel):
         qformer_input_ids: Tensor | None = None,
         qformer_attention_mask: Tensor | None = None,
         routing_trace: RoutingTrace | None = None,
+        image_features: Tensor | None = None,
         **kwargs: Any,
     ) -> Any:
         """As LlavaModel.forward. In training, a batch without an image runs the tower and the connector on a blank
         one and adds it times 0: ranks whose batches differ in this must call the same modules in the same order, or
-        ZeRO's buckets and gathers no longer match, and the language model's input must need a gradient on all."""
+        ZeRO's buckets and gathers no longer match, and the language model's input must need a gradient on all.
+
+        image_features: [I, M, W], what the tower makes of the images, in place of pixel_values. The tower is not called
+        then, on no rank: without an image I is 0, and the connector alone runs on a blank one."""
+        if image_features is not None:
+            if input_ids is None or pixel_values is not None:
+                raise ValueError("image_features go with input_ids, and in the place of pixel_values")
+            inputs_embeds = self._embed_features(
+                input_ids, image_features, qformer_input_ids, qformer_attention_mask, routing_trace
+            )
+            input_ids = None
         if pixel_values is not None and self.connector is not None:
             inputs = connector_inputs(
                 qformer_input_ids, qformer_attention_mask, num_images=pixel_values.shape[0], trace=routing_trace
@@ -122,6 +135,46 @@ class MoELlavaModel(LlavaModel):
             mm_encoder_outputs=mm_encoder_outputs,
             **kwargs,
         )
+
+    def train(self, mode: bool = True) -> MoELlavaModel:
+        """As of any module; but a tower of which nothing is trained stays as in evaluation, without dropout, so that its
+        features are those that a cache holds."""
+        super().train(mode)
+        if is_frozen(self.vision_tower):
+            self.vision_tower.eval()
+        return self
+
+    def _embed_features(
+        self,
+        input_ids: Tensor,
+        features_IMW: Tensor,
+        qformer_input_ids: Tensor | None,
+        qformer_attention_mask: Tensor | None,
+        trace: RoutingTrace | None,
+    ) -> Tensor:
+        """[B, S, D]: words, and visual tokens where image tokens stand. Embeddings come first: they tell the type."""
+        embeds_BSD = self.get_input_embeddings()(input_ids)
+        num_images = features_IMW.shape[0]
+        if not num_images:
+            if not self.training:
+                return embeds_BSD
+            blank_1MW = features_IMW.new_zeros(1, *features_IMW.shape[1:])
+            visual = self._connect(blank_1MW.to(embeds_BSD.dtype), blank_inputs(trace, embeds_BSD.device))
+            return embeds_BSD + 0 * visual.mean().to(embeds_BSD.dtype)
+        inputs = None
+        if self.connector is not None:
+            inputs = connector_inputs(qformer_input_ids, qformer_attention_mask, num_images=num_images, trace=trace)
+        visual = self._connect(features_IMW.to(embeds_BSD.dtype), inputs).to(embeds_BSD.dtype)
+        is_visual = self.get_placeholder_mask(input_ids, inputs_embeds=embeds_BSD, image_features=visual)
+        return embeds_BSD.masked_scatter(is_visual, visual)
+
+    def _connect(self, features_IMW: Tensor, inputs: ConnectorInputs | None) -> Tensor:
+        """Visual tokens of features, [I, tokens, D]."""
+        visual: Tensor = self.multi_modal_projector(features_IMW)
+        if self.connector is None:
+            return visual
+        assert inputs is not None
+        return self.connector(visual, inputs)
 
     def get_image_features(
         self,
@@ -216,22 +269,38 @@ class MoELlavaForConditionalGeneration(PromptRoutingMixin, LlavaForConditionalGe
         qformer_input_ids: Tensor | None = None,
         qformer_attention_mask: Tensor | None = None,
         num_items_in_batch: Tensor | None = None,
+        sample_lengths: tuple[int, ...] | None = None,
+        image_features: Tensor | None = None,
         **kwargs: Any,
     ) -> MoELlavaOutput:
         """One pass over [B, S] tokens.
 
-        pixel_values: [I, C, H, W], images in the order of their marks. labels: [B, S], -100 where there is no loss.
+        pixel_values: [I, C, H, W], images in the order of their marks. image_features: [I, M, W], the tower's of the same
+        images in their place, as `data.feature_cache` has them; with I = 0 for a batch without images.
+        labels: [B, S], -100 where there is no loss.
         routing: facts about the tokens, derived if absent. output_routing: give the trace back.
         instruction_mask: [B, S of the prompt], 1 at the user's words, cluster_ids and dataset_ids: [B], for routers and
         gates that want to know, where no `routing` is given. prompt_routing: of an earlier call from whose cache this one goes on.
         qformer_input_ids, qformer_attention_mask: [I, words], what a Q-Former connector reads beside each image.
         num_items_in_batch: divisor of the summed token losses; None means the supervised tokens of this call.
+        In training with labels the language head computes the supervised positions alone, and `logits` are None.
+        sample_lengths: of a packed row [1, S], the tokens of each of its samples (`packed_inputs`).
 
         Raises:
             ValueError: a sparse model got inputs_embeds without a routing context, or a Q-Former images without words.
         """
         # A model without experts routes nothing.
         is_routed = self.config.is_routed
+        if sample_lengths is not None:
+            attention_mask, arguments = packed_inputs(
+                self.model.language_model.config,
+                sample_lengths,
+                input_ids=input_ids,
+                position_ids=position_ids,
+                attention_mask=attention_mask,
+                is_routed_blindly=is_routed and routing is None,
+            )
+            kwargs |= arguments
         if routing is None and is_routed:
             if input_ids is None:
                 raise ValueError("a sparse model needs input_ids, or a routing context beside inputs_embeds")
@@ -239,7 +308,7 @@ class MoELlavaForConditionalGeneration(PromptRoutingMixin, LlavaForConditionalGe
                 input_ids,
                 attention_mask=attention_mask,
                 image_token_id=self.config.image_token_id,
-                num_images=_count_images(pixel_values, mm_encoder_outputs),
+                num_images=_count_images(pixel_values, mm_encoder_outputs, image_features),
                 is_cached=past_key_values is not None and past_key_values.get_seq_length() > 0,
                 instruction_mask=instruction_mask,
                 cluster_ids=cluster_ids,
@@ -251,7 +320,9 @@ class MoELlavaForConditionalGeneration(PromptRoutingMixin, LlavaForConditionalGe
             kwargs |= {"routing": trace.context, "routing_trace": trace}
         if self.config.qformer is not None:
             kwargs |= {"qformer_input_ids": qformer_input_ids, "qformer_attention_mask": qformer_attention_mask}
-        output = super().forward(
+        if image_features is not None:
+            kwargs["image_features"] = image_features
+        output = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,
             attention_mask=attention_mask,
@@ -260,22 +331,26 @@ class MoELlavaForConditionalGeneration(PromptRoutingMixin, LlavaForConditionalGe
             inputs_embeds=inputs_embeds,
             vision_feature_layer=vision_feature_layer,
             vision_feature_select_strategy=vision_feature_select_strategy,
-            logits_to_keep=logits_to_keep,
             image_sizes=image_sizes,
             mm_encoder_outputs=mm_encoder_outputs,
             return_dict=True,
             **kwargs,
         )
-        losses = Losses()
-        if labels is not None:
-            vocab_size = self.config.text_config.vocab_size
-            language = language_loss(
-                output.logits, labels, vocab_size=vocab_size, num_items_in_batch=num_items_in_batch
-            )
-            losses = sum_losses(language, self._balance_loss(trace))
+        hidden_BSD, logits, language = output.last_hidden_state, None, None
+        if labels is not None and self.training:
+            supervised = Supervised.of(labels)
+            logits_nV = self.lm_head(supervised.select(hidden_BSD))
+            language = supervised.loss(logits_nV, num_items_in_batch=num_items_in_batch)
+        else:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden_BSD[:, kept])
+            if labels is not None:
+                vocab_size = self.config.text_config.vocab_size
+                language = language_loss(logits, labels, vocab_size=vocab_size, num_items_in_batch=num_items_in_batch)
+        losses = Losses() if language is None else sum_losses(language, self._balance_loss(trace))
         return MoELlavaOutput(
             loss=losses.total,
-            logits=output.logits,
+            logits=logits,
             past_key_values=output.past_key_values,
             hidden_states=output.hidden_states,
             attentions=output.attentions,
@@ -292,6 +367,10 @@ class MoELlavaForConditionalGeneration(PromptRoutingMixin, LlavaForConditionalGe
             yield self.model.connector.qformer
         yield self.model.language_model
 
+    def language_layers(self) -> list[nn.ModuleList]:
+        """The language model's layers, each the module that it is."""
+        return [nn.ModuleList([layer]) for layer in self.model.language_model.layers]
+
     def _balance_loss(self, trace: RoutingTrace | None) -> Tensor | None:
         """All auxiliary losses, each times its coefficient; None where nothing is routed."""
         if trace is None:
@@ -305,9 +384,13 @@ class MoELlavaForConditionalGeneration(PromptRoutingMixin, LlavaForConditionalGe
         return torch.stack([loss.to(found[0].device) for loss in found]).sum() if found else None
 
 
-def _count_images(pixel_values: Tensor | None, mm_encoder_outputs: dict[str, Any] | None) -> int:
+def _count_images(
+    pixel_values: Tensor | None, mm_encoder_outputs: dict[str, Any] | None, image_features: Tensor | None
+) -> int:
     if pixel_values is not None:
         return pixel_values.shape[0]
+    if image_features is not None:
+        return image_features.shape[0]
     if mm_encoder_outputs is not None and (image := mm_encoder_outputs.get("image")) is not None:
         return len(image.pooler_output)
     return 0

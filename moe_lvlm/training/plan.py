@@ -15,8 +15,12 @@ from moe_lvlm.data.errors import BadRecordError
 from moe_lvlm.data.mixture import MixtureDataset, build_dataset, needed_data
 from moe_lvlm.models.build import build_empty
 from moe_lvlm.models.clusters import check_centres as check_router_centres
+from moe_lvlm.models.instructblip_config import VLMConfig
+from moe_lvlm.models.packed_attention import check_family
 from moe_lvlm.models.processor import Processor, num_image_tokens
+from moe_lvlm.moe.checkpointing import choose_layers
 from moe_lvlm.training.build import stage_config
+from moe_lvlm.training.features import check_feature_cache, check_stage_tower
 from moe_lvlm.training.memory import ParameterGroup, parameter_table
 from moe_lvlm.training.trainable import select_trainable
 
@@ -35,17 +39,22 @@ def plan_stages(recipe: Recipe, *, world_size: int) -> list[StagePlan]:
 
     Raises:
         ValueError: what `train` would refuse of the model, the parts to train, or the processes, and data settings
-            without which a router cannot decide.
+            without which a router cannot decide; a stage that trains the tower beside a feature cache.
     """
     plans = []
     for index, stage in enumerate(recipe.stages):
         deepspeed = resolve_deepspeed(recipe, stage, world_size)
         config = stage_config(recipe, index)
+        _check_batching(recipe, config)
         if config.moe_config is not None:
             _check_facts(recipe, config.moe_config)
         _check_adapter_facts(recipe, index, config.adapter_settings)
         model = build_empty(config)
+        if recipe.train.gradient_checkpointing is not True and recipe.train.gradient_checkpointing:
+            choose_layers(model.language_layers(), recipe.train.gradient_checkpointing)
         select_trainable(model, stage.train)
+        if recipe.data.feature_cache is not None:
+            check_stage_tower(stage, model)
         plans.append(StagePlan(stage, deepspeed, parameter_table(model)))
     return plans
 
@@ -55,9 +64,10 @@ def check_data(recipe: Recipe, processor: Processor) -> None:
 
     Raises:
         ValueError: a file or a template that cannot be used, a table of clusters that the routers cannot take, or an
-            instruction that it does not hold where its encoder cannot be loaded. Records are looked at when they are
-            drawn, but for their instructions if routers go by clusters.
+            instruction that it does not hold where its encoder cannot be loaded, a feature cache of another tower.
+            Records are looked at when they are drawn, but for their instructions if routers go by clusters.
     """
+    check_feature_cache(recipe, processor)
     for index, stage in enumerate(recipe.stages):
         config = stage_config(recipe, index)
         moe, adapter = config.moe_config, config.adapter_settings
@@ -79,6 +89,18 @@ def check_data(recipe: Recipe, processor: Processor) -> None:
             check_centres(clusters.table.num_clusters, clusters.table.width, adapter)
         if (moe is not None and moe.router.kind == "cluster") or _is_gated_by(adapter, "cluster"):
             _check_instructions(dataset, clusters)
+
+
+def _check_batching(recipe: Recipe, config: VLMConfig) -> None:
+    """Whether the language model takes the batches."""
+    if recipe.data.batching != "packed":
+        return
+    if config.is_answer_apart:
+        raise ValueError(
+            f"data.batching: packed, but the language model ({config.text_config.model_type}) is an encoder-decoder, which "
+            "reads prompt and answer apart; allowed: padded"
+        )
+    check_family(config.text_config)
 
 
 def _check_facts(recipe: Recipe, moe: MoEConfig) -> None:

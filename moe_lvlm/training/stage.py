@@ -23,16 +23,19 @@ from moe_lvlm.checkpoint.rng import capture_rng, restore_rng
 from moe_lvlm.checkpoint.save import SaveReport, prepare_save
 from moe_lvlm.config.deepspeed import resolve_deepspeed
 from moe_lvlm.config.recipe import Recipe, StageSettings
+from moe_lvlm.data.balance import step_balance
 from moe_lvlm.data.ledger import BadSampleLedger
 from moe_lvlm.data.loader import MicroBatch, StepLoader
 from moe_lvlm.data.mixture import build_dataset, needed_data
 from moe_lvlm.data.order import StepOrder
+from moe_lvlm.models.packed_attention import attend_within_samples
 from moe_lvlm.models.processor import Processor, num_image_tokens
 from moe_lvlm.parallel.engine import start_engine
 from moe_lvlm.parallel.process_group import World, group_timeout, set_group_timeouts
 from moe_lvlm.training.adaptation import ExpertAdaptation
 from moe_lvlm.training.base import plan_base
 from moe_lvlm.training.build import build_stage_model, stage_config
+from moe_lvlm.training.checkpointing import enable_checkpointing
 from moe_lvlm.training.folder import BAD_SAMPLES, CHECKPOINTS
 from moe_lvlm.training.interrupt import Interrupt
 from moe_lvlm.training.log import RunLog
@@ -59,6 +62,17 @@ class Run:
     interrupt: Interrupt
     watchdog: Watchdog
     writer: CheckpointWriter
+
+
+@dataclass(slots=True)
+class _SinceLog:
+    """What has been done since the last logged step. moment, waited: the clock's and the loader's seconds then. tokens,
+    positions: trained on from then on, all ranks', without padding and with it."""
+
+    moment: float
+    waited: float
+    tokens: int = 0
+    positions: int = 0
 
 
 class Stage:
@@ -106,7 +120,15 @@ class Stage:
         )
         world = self._run.world
         loader = StepLoader(
-            dataset, order, collator, rank=world.rank, world_size=world.size, num_workers=recipe.data.num_workers
+            dataset,
+            order,
+            collator,
+            rank=world.rank,
+            world_size=world.size,
+            num_workers=recipe.data.num_workers,
+            prefetch=recipe.data.prefetch,
+            balance=step_balance(recipe.data, dataset.length),
+            has_pinned_memory=world.device.type == "cuda",
         )
         return order, loader
 
@@ -120,12 +142,11 @@ class Stage:
             zero_stage=int(deepspeed["zero_optimization"].get("stage", 0)),
             device=world.device,
         )
+        if recipe.data.batching == "packed":
+            attend_within_samples(model.get_decoder())
         self._beat("load")
         self._base = plan_base(recipe, model, checkpoint, world=world, log=self._run.log.say)
-        if recipe.train.gradient_checkpointing:
-            # The reentrant kind loses the gradients of routers.
-            for module in model.checkpointed_modules():
-                module.gradient_checkpointing_enable({"use_reentrant": False})
+        enable_checkpointing(model, recipe.train.gradient_checkpointing)
         groups = parameter_table(model)
         optimizer = recipe.train.optimizer
         engine = start_engine(
@@ -164,8 +185,7 @@ class Stage:
         """Train to the end of the stage and save. Returns whether it was reached; False: stopped early, and saved."""
         settings, log = self._settings, self._run.log
         log.open_stage(settings.name, done=self.state.step, total=self.num_steps)
-        since = time.monotonic()
-        tokens = 0
+        since_log = _SinceLog(time.monotonic(), self._loader.seconds_waited)
         self._beat("step")
         try:
             for micro_batches in self._loader.steps(self.state.step, self.num_steps):
@@ -175,9 +195,10 @@ class Stage:
                 if counts.stops:
                     break
                 self._check_bad(micro_batches, counts)
-                tokens += counts.tokens
-                if self._train_step(micro_batches, counts, since, tokens):
-                    since, tokens = time.monotonic(), 0
+                since_log.tokens += counts.tokens
+                since_log.positions += counts.positions
+                if self._train_step(micro_batches, counts, since_log):
+                    since_log = _SinceLog(time.monotonic(), self._loader.seconds_waited)
                 log.advance()
                 self._beat("step")
                 every = self._run.recipe.train.checkpoint.every
@@ -188,7 +209,7 @@ class Stage:
         self.save(at_once=True)
         return self.state.step >= self.num_steps
 
-    def _train_step(self, micro_batches: list[MicroBatch], counts: StepCounts, since: float, tokens: int) -> bool:
+    def _train_step(self, micro_batches: list[MicroBatch], counts: StepCounts, since_log: _SinceLog) -> bool:
         """One step; whether it was logged."""
         train = self._run.recipe.train
         step = self.state.step
@@ -217,7 +238,7 @@ class Stage:
         self._adapt_experts(has_skipped=has_skipped)
         self.state = self.state.after_step(samples=self._settings.global_batch, bad=counts.bad, tokens=counts.tokens)
         if counter is not None:
-            self._log_step(losses, counter, rate, None if norm is None else float(norm), since, tokens)
+            self._log_step(losses, counter, rate, None if norm is None else float(norm), since_log)
         return is_logged
 
     def _adapt_experts(self, *, has_skipped: bool) -> None:
@@ -239,16 +260,14 @@ class Stage:
         counter: LoadCounter,
         rate: float,
         norm: float | None,
-        since: float,
-        tokens: int,
+        since_log: _SinceLog,
     ) -> None:
-        """since, tokens: the moment of the last logged step, and tokens trained on from then on."""
         for tensor in counter.tensors():
             dist.all_reduce(tensor)
         num = self._order.num_micro_batches
         language = _mean_over_step(losses.language, num)
         balance = None if losses.balance is None else _mean_over_step(losses.balance, num)
-        seconds = time.monotonic() - since
+        seconds = time.monotonic() - since_log.moment
         values = {
             "stage": self._settings.name,
             "step": self.state.step,
@@ -258,9 +277,11 @@ class Stage:
             "balance_loss": balance,
             "learning_rate": rate,
             "grad_norm": norm,
-            "tokens": tokens,
-            "tokens_per_second": tokens / max(seconds, 1e-9),
+            "tokens": since_log.tokens,
+            "tokens_per_second": since_log.tokens / max(seconds, 1e-9),
+            "padding": 1 - since_log.tokens / max(since_log.positions, 1),
             "seconds": seconds,
+            "data_seconds": self._loader.seconds_waited - since_log.waited,
             "epoch": self._order.epoch_at(self.state.step),
             **counter.summary(),
         }

@@ -12,7 +12,11 @@ from torch import Tensor
 
 from moe_lvlm.analysis.measures import LoadCounter
 from moe_lvlm.data.loader import MicroBatch
+from moe_lvlm.routing.types import Modality
 from moe_lvlm.training.adaptation import ExpertAdaptation
+
+# Of a batch: facts of tokens, and what stays on the host.
+_NOT_TENSORS = ("routing", "sample_lengths")
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +24,7 @@ class StepCounts:
     """Sums over all ranks' micro-batches of a step.
 
     supervised: tokens with a loss. tokens: without padding. bad, seen: draws. stops: ranks that were asked to stop.
+    positions: tokens and padding.
     """
 
     supervised: int
@@ -27,6 +32,7 @@ class StepCounts:
     bad: int
     seen: int
     stops: int
+    positions: int
 
 
 def count_step(micro_batches: Sequence[MicroBatch], *, is_stopping: bool, device: torch.device) -> StepCounts:
@@ -34,10 +40,11 @@ def count_step(micro_batches: Sequence[MicroBatch], *, is_stopping: bool, device
     counts = torch.tensor(
         [
             sum(int((one.batch["labels"][:, 1:] != -100).sum()) for one in micro_batches),
-            sum(int(one.batch["attention_mask"].sum()) for one in micro_batches),
+            sum(int((one.batch["routing"].modality_BS != Modality.PADDING).sum()) for one in micro_batches),
             sum(len(one.bad) for one in micro_batches),
             sum(one.num_seen for one in micro_batches),
             int(is_stopping),
+            sum(one.batch["input_ids"].numel() for one in micro_batches),
         ],
         device=device,
     )
@@ -92,8 +99,11 @@ def run_step(
 
 
 def to_device(batch: Any, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """A batch where the model is, images in its type."""
-    moved = {name: value.to(device) for name, value in batch.items()}
+    """A batch where the model is, images in its type. From pinned memory it is copied beside the host's work."""
+    moved = {name: value.to(device, non_blocking=True) for name, value in batch.items() if name not in _NOT_TENSORS}
+    moved["routing"] = batch["routing"].to(device)
+    if "sample_lengths" in batch:
+        moved["sample_lengths"] = batch["sample_lengths"]
     if "pixel_values" in moved:
         moved["pixel_values"] = moved["pixel_values"].to(dtype)
     return moved

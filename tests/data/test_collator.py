@@ -98,3 +98,37 @@ def test_images_of_two_sizes_are_refused_by_name(collator: Collator) -> None:
     samples = [sample([IMAGE], "a/3", (1,)), sample([IMAGE], "b/7", (1,), size=8)]
     with pytest.raises(ImageSizeError, match=r"a/3: \(4, 4\), b/7: \(8, 8\)"):
         collator(samples)
+
+
+def test_a_packed_batch_by_hand() -> None:
+    collator = Collator(pad_token_id=PAD, image_token_id=IMAGE, has_task_labels=True, is_packed=True)
+    first = sample([1, IMAGE, IMAGE, IMAGE, 10, 20, 21], image_tokens=(2, 1))
+    text = sample([20, PAD, 11, 20])  # its first token has a label, which the sample before must not predict
+    last = sample([12, 20, IMAGE], image_tokens=(1,))
+    batch = collator([first, text, last])
+    assert "attention_mask" not in batch
+    assert batch["input_ids"].tolist() == [[1, 9, 9, 9, 10, 20, 21, 20, 0, 11, 20, 12, 20, 9]]
+    x = -100
+    assert batch["labels"].tolist() == [[x, x, x, x, x, 20, 21, x, x, x, 20, x, 20, x]]
+    assert text.labels[0] == 20
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 4, 5, 6, 0, 1, 2, 3, 0, 1, 2]]
+    assert batch["sample_lengths"] == (7, 4, 3)
+    routing = batch["routing"]
+    assert routing.modality_BS.tolist() == [[1, 2, 2, 2, 1, 1, 1, 1, 1, 1, 1, 1, 1, 2]]
+    assert routing.image_BS.tolist() == [[-1, 0, 0, 1, -1, -1, -1, -1, -1, -1, -1, -1, -1, 2]]
+    assert routing.sample_BS.tolist() == [[0] * 7 + [1] * 4 + [2] * 3]
+    assert routing.instruction_BS is not None
+    assert routing.instruction_BS.nonzero().tolist() == [[0, 4], [0, 9], [0, 11]]
+    assert (routing.modality_BS.dtype, routing.sample_BS.dtype) == (torch.int8, torch.int32)
+    assert (routing.num_samples, routing.is_packed) == (3, True)
+    assert batch["pixel_values"].shape[0] == 3
+    assert all(batch[key].dtype == torch.int64 for key in ("input_ids", "labels", "position_ids"))
+
+
+def test_a_packed_batch_without_a_sample() -> None:
+    batch = Collator(pad_token_id=PAD, image_token_id=IMAGE, is_packed=True)([])
+    found = {key: batch[key].tolist() for key in ("input_ids", "labels", "position_ids")}  # type: ignore[literal-required]
+    assert found == {"input_ids": [[PAD]], "labels": [[-100]], "position_ids": [[0]]}
+    assert batch["sample_lengths"] == (1,)
+    routing = batch["routing"]
+    assert (routing.modality_BS.tolist(), routing.sample_BS.tolist(), routing.num_samples) == ([[0]], [[-1]], 0)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from moe_lvlm.data.collator import Collator
+from moe_lvlm.data.balance import StepBalance, spread_evenly
+from moe_lvlm.data.collator import Collator, pin_batch
 from moe_lvlm.data.errors import BadRecordError
 from moe_lvlm.data.loader import MicroBatch, StepLoader
 from moe_lvlm.data.mixture import MixtureDataset
@@ -37,9 +38,10 @@ def make_loader(make_source: MakeSource, make_builder: MakeBuilder) -> MakeLoade
     dataset = MixtureDataset([make_source(records)], [NUM_RECORDS], builder, seed=1)
     collator = Collator.for_processor(builder.processor)
 
-    def make(micro_batch: int = 2, global_batch: int = 4, **settings: int) -> StepLoader:
+    def make(micro_batch: int = 2, global_batch: int = 4, is_balanced: bool = False, **settings: int) -> StepLoader:
         order = StepOrder(seed=4, epoch_size=len(dataset), micro_batch=micro_batch, global_batch=global_batch)
-        return StepLoader(dataset, order, collator, **settings)
+        balance = StepBalance(dataset.length, spread_evenly) if is_balanced else None
+        return StepLoader(dataset, order, collator, balance=balance, **settings)
 
     return make
 
@@ -106,6 +108,61 @@ def test_every_world_size_sees_the_same_micro_batches(make_loader: MakeLoader) -
         for step in range(3):
             for number, expected in enumerate(alone[step]):
                 assert same(ranks[number % world_size][step][number // world_size], expected)
+
+
+def test_balanced_steps_hold_the_same_samples(make_loader: MakeLoader) -> None:
+    """Whatever the number of processes and workers, and wherever one begins."""
+    plain = list(make_loader(micro_batch=2, global_batch=8).steps(0, 4))
+    balanced = list(make_loader(micro_batch=2, global_batch=8, is_balanced=True).steps(0, 4))
+
+    def rows(micro_batches: list[MicroBatch]) -> list[list[int]]:
+        return sorted(
+            one.batch["input_ids"][row][one.batch["attention_mask"][row] == 1].tolist()
+            for one in micro_batches
+            for row in range(one.num_samples)
+        )
+
+    for before, after in zip(plain, balanced, strict=True):
+        assert rows(before) == rows(after)
+        assert sum(len(one.bad) for one in before) == sum(len(one.bad) for one in after)
+        assert [one.num_seen for one in after] == [2] * 4
+    assert not all(same(one, other) for one, other in zip(plain[0], balanced[0], strict=True))
+    for rank in range(2):
+        loader = make_loader(
+            micro_batch=2, global_batch=8, is_balanced=True, rank=rank, world_size=2, num_workers=2, prefetch=1
+        )
+        for step, mine in zip((2, 3), loader.steps(2, 4), strict=True):
+            assert all(same(one, other) for one, other in zip(mine, balanced[step][rank::2], strict=True))
+
+
+def test_waiting_is_counted(make_loader: MakeLoader) -> None:
+    loader = make_loader()
+    steps = loader.steps(0, 2)
+    assert loader.seconds_waited == 0
+    next(steps)
+    first = loader.seconds_waited
+    next(steps)
+    assert 0 < first < loader.seconds_waited
+
+
+def test_pinning_keeps_a_batch_as_it_is(make_loader: MakeLoader, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a machine without a GPU there is no such memory: copies stand in for it, so that what is left out shows."""
+    pinned: list[torch.Tensor] = []
+
+    def copy(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.append(tensor)
+        return tensor.clone()
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", copy)
+    for micro_batch in next(make_loader().steps(0, 1)):
+        pinned.clear()
+        found = micro_batch.pin_memory()
+        assert same(found, micro_batch)
+        facts = [getattr(micro_batch.batch["routing"], field.name) for field in fields(micro_batch.batch["routing"])]
+        wanted = [value for value in [*micro_batch.batch.values(), *facts] if isinstance(value, torch.Tensor)]
+        assert {id(tensor) for tensor in pinned} == {id(tensor) for tensor in wanted}
+        assert found.batch["input_ids"] is not micro_batch.batch["input_ids"]
+        assert pin_batch(micro_batch.batch)["routing"].num_samples == micro_batch.num_samples
 
 
 def test_an_abandoned_loader_stops_its_workers(make_loader: MakeLoader) -> None:

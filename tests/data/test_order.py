@@ -40,7 +40,8 @@ def test_nothing_is_lost_and_nothing_comes_twice_in_an_epoch(sizes: tuple[int, i
 def test_ranks_share_out_the_same_micro_batches(sizes: tuple[int, int, int, int], step: int, world_size: int) -> None:
     epoch_size, micro_batch, num_micro_batches, seed = sizes
     order = order_of((epoch_size, micro_batch, num_micro_batches * world_size, seed))
-    shares = [order.rank_step(step, rank=rank, world_size=world_size) for rank in range(world_size)]
+    numbers = [order.numbers(rank=rank, world_size=world_size) for rank in range(world_size)]
+    shares = [[order.step(step)[number] for number in mine] for mine in numbers]
     assert len({len(share) for share in shares}) == 1
     taken = [shares[number % world_size][number // world_size] for number in range(order.num_micro_batches)]
     assert tuple(taken) == order.step(step)
@@ -84,4 +85,4 @@ def test_sizes_that_do_not_divide_are_refused() -> None:
     with pytest.raises(ValueError, match="must be >= 1"):
         StepOrder(seed=0, epoch_size=0, micro_batch=4, global_batch=8)
     with pytest.raises(ValueError, match=r"2 micro-batch\(es\) of 4, not a multiple of the 3 processes; .* of 12"):
-        StepOrder(seed=0, epoch_size=5, micro_batch=4, global_batch=8).rank_step(0, rank=0, world_size=3)
+        StepOrder(seed=0, epoch_size=5, micro_batch=4, global_batch=8).numbers(rank=0, world_size=3)

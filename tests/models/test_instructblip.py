@@ -114,13 +114,18 @@ def test_the_importance_loss_is_its_coefficient_times_that_of_the_trace() -> Non
 def test_a_sample_does_not_depend_on_its_batch(text: str, is_training: bool) -> None:
     """In training with noise: it is drawn by sample."""
     model, batch = tiny_moe_blip(SETTINGS, text).train(is_training), blip_batch(text)
-    together = model(**batch, output_routing=True)
+    summed = {"num_items_in_batch": torch.tensor(1.0)}
+    together = model(**batch, **summed, output_routing=True)
+    losses = []
     for row in range(4):
-        output = model(**blip_rows(batch, row, row + 1), output_routing=True)
+        output = model(**blip_rows(batch, row, row + 1), **summed, output_routing=True)
+        losses.append(output.language_loss)
         is_token = batch["labels"][row] != -100
-        assert_close(output.logits[0][is_token], together.logits[row][is_token], rtol=1e-4, atol=1e-5)
+        if not is_training:
+            assert_close(output.logits[0][is_token], together.logits[row][is_token], rtol=1e-4, atol=1e-5)
         for site, decision in output.routing.items():
             assert_close(decision.weights_RK[0], together.routing[site].weights_RK[row])
+    assert_close(torch.stack(losses).sum(), together.language_loss, rtol=1e-4, atol=1e-5)
 
 
 def test_noise_moves_the_gates_in_training_and_not_in_evaluation() -> None:
@@ -142,7 +147,7 @@ def test_a_batch_without_an_image_runs_the_same_modules(text: str) -> None:
     batch = blip_batch(text)
     words = {"input_ids": batch["input_ids"][:, 3:], "attention_mask": batch["attention_mask"][:, 3:]}
     words["labels"] = batch["labels"] if text == "t5" else batch["labels"][:, 3:]
-    calm = model(**words).logits
+    calm = model(**words).language_loss
     called: list[str] = []
     for name, module in model.named_modules():
         module.register_forward_hook(lambda *_, name=name: called.append(name))
@@ -152,7 +157,7 @@ def test_a_batch_without_an_image_runs_the_same_modules(text: str) -> None:
     called.clear()
     model(**batch)
     assert sorted(text_only) == sorted(called)
-    assert_close(output.logits, calm)
+    assert_close(output.language_loss, calm)
     assert float(output.balance_loss) == 0
     assert not any(decision.keep_RK.any() for _, decision in output.routing.items())
     output.loss.backward()

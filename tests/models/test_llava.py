@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import LlavaForConditionalGeneration
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from moe_lvlm.config.moe import MoEConfig
 from moe_lvlm.models.config import MoELlavaConfig
@@ -20,6 +21,7 @@ from moe_lvlm.moe.upcycle import moe_layers
 from moe_lvlm.routing.types import Modality, Site
 from tests.tiny_models import (
     BOS_ID,
+    HIDDEN,
     IMAGE_ID,
     IMAGE_SIZE,
     IMAGE_TOKENS,
@@ -69,11 +71,16 @@ def loss_and_gradients(
 # ---------------------------------------------------------------------------------------------------------- losses
 
 
+def without_labels(batch: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in batch.items() if name != "labels"}
+
+
 def test_losses_by_their_definition() -> None:
     model, batch = sparse_model().train(), collate(tiny_samples())
     output = model(**batch, output_routing=True)
     # next-token cross entropy over the supervised tokens
-    logits, labels = output.logits[:, :-1], batch["labels"][:, 1:]
+    assert output.logits is None  # of the supervised positions alone
+    logits, labels = model(**without_labels(batch)).logits[:, :-1], batch["labels"][:, 1:]
     expected = torch.nn.functional.cross_entropy(logits[labels != -100], labels[labels != -100])
     assert_close(output.language_loss, expected)
     # K sum F_i G_i over language tokens, summed over layers
@@ -95,6 +102,25 @@ def test_divisor_given_by_the_step() -> None:
     of_step = model(**batch, num_items_in_batch=torch.tensor(5 * supervised))
     assert_close(of_step.language_loss, own.language_loss / 5)
     assert_close(of_step.balance_loss, own.balance_loss)
+
+
+def test_the_head_computes_supervised_positions_alone() -> None:
+    """In training; loss and gradients are those of transformers' loss over all logits."""
+    model, batch = sparse_model().train(), collate(tiny_samples())
+    rows: list[int] = []
+    model.lm_head.register_forward_hook(lambda _, inputs, output: rows.append(inputs[0].numel() // HIDDEN))
+    logits = model(**without_labels(batch)).logits
+    expected = ForCausalLMLoss(logits, batch["labels"], VOCABULARY)
+    expected.backward()
+    expected_gradients = {name: grad.clone() for name, grad in gradients(model).items()}
+    model.zero_grad()
+    found = model(**batch).language_loss
+    found.backward()
+    assert rows == [batch["labels"].numel(), int((batch["labels"][:, 1:] != -100).sum())]
+    assert_close(found, expected)
+    assert gradients(model).keys() == expected_gradients.keys()
+    for name, grad in gradients(model).items():
+        assert_close(grad, expected_gradients[name], atol=1e-5, rtol=1e-4, msg=name)
 
 
 def test_a_batch_without_a_supervised_token_has_loss_zero() -> None:
@@ -403,7 +429,7 @@ def test_bf16_model_is_close_to_float32() -> None:
     model.bfloat16()
     batch["pixel_values"] = batch["pixel_values"].bfloat16()
     output = model(**batch, output_routing=True)
-    assert output.logits.dtype == torch.bfloat16
+    assert model(**without_labels(batch)).logits.dtype == torch.bfloat16
     assert {decision.probs_RE.dtype for _, decision in output.routing.items()} == {torch.float32}
     assert output.loss.item() == pytest.approx(expected.loss.item(), rel=0.05)
     output.loss.backward()

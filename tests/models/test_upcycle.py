@@ -242,7 +242,9 @@ def test_frozen_tower_and_mode_are_kept() -> None:
     dense.model.vision_tower.requires_grad_(False)
     sparse = upcycle(dense.train(), moe())
     assert sparse.training
-    assert all(module.training for module in sparse.modules())
+    # a frozen tower stays as in evaluation
+    tower = set(sparse.model.vision_tower.modules())
+    assert all(module.training != (module in tower) for module in sparse.modules())
     assert not any(parameter.requires_grad for parameter in sparse.model.vision_tower.parameters())
     assert all(parameter.requires_grad for _, layer in moe_layers(sparse) for parameter in layer.parameters())
 

@@ -34,19 +34,23 @@ def step_loss(model: MoELlavaForConditionalGeneration, micro_batches: list[Batch
     by the step's supervised tokens, plus the mean of the micro-batches' balance losses."""
     supervised = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in micro_batches)
     total = 0.0
+    logits: list[Tensor] = []
+    heard = model.lm_head.register_forward_hook(lambda _, inputs, output: logits.append(output))
     for batch in micro_batches:
         output = model(**batch)
-        loss = _token_losses(output.logits, batch["labels"]) / supervised
+        loss = _token_losses(logits.pop(), batch["labels"]) / supervised
         if output.balance_loss is not None:
             loss = loss + output.balance_loss / len(micro_batches)
         loss.backward()
         total += loss.item()
+    heard.remove()
     return total
 
 
-def _token_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Sum over the supervised tokens; the logits at a position predict the next token."""
-    return cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100, reduction="sum")
+def _token_losses(logits_nV: Tensor, labels: Tensor) -> Tensor:
+    """Sum over the supervised tokens. logits_nV: of the positions before them, in the order of the batch."""
+    following = labels[:, 1:]
+    return cross_entropy(logits_nV, following[following != -100], reduction="sum")
 
 
 def groups(model: nn.Module) -> list[dict]:

@@ -12,6 +12,7 @@ from moe_lvlm.config.moe import MoEConfig
 from moe_lvlm.data.collator import Batch, Collator
 from moe_lvlm.data.sample import Sample
 from moe_lvlm.models.llava import MoELlavaForConditionalGeneration
+from moe_lvlm.models.packed_attention import attend_within_samples
 from moe_lvlm.models.upcycle import as_moe_llava
 from moe_lvlm.moe.upcycle import moe_layers
 from moe_lvlm.training.trainable import select_trainable
@@ -75,7 +76,7 @@ ROUTINGS: dict[str, dict[str, Any]] = {
 @dataclass(frozen=True)
 class Problem:
     """What is trained on what. is_starved: no token ever chooses the last two of the four experts. routing: a key of
-    ROUTINGS."""
+    ROUTINGS. is_packed: each micro-batch is one row without padding."""
 
     layout: str = "mixed"
     train: tuple[str, ...] = ("moe",)
@@ -84,6 +85,7 @@ class Problem:
     is_starved: bool = False
     num_steps: int = 3
     routing: str = "ltdr"
+    is_packed: bool = False
 
     @property
     def steps(self) -> tuple[tuple[MicroBatch, ...], ...]:
@@ -111,6 +113,8 @@ def build(problem: Problem) -> MoELlavaForConditionalGeneration:
         model = as_moe_llava(tiny_llava(problem.family))
     if problem.is_starved:
         _starve(model)
+    if problem.is_packed:
+        attend_within_samples(model.get_decoder())
     select_trainable(model, problem.train)
     model.train()
     return model
@@ -130,7 +134,7 @@ def _starve(model: MoELlavaForConditionalGeneration) -> None:
 
 def batches(problem: Problem, step: int) -> list[Batch]:
     """All micro-batches of a step, from the real collator."""
-    collator = Collator(pad_token_id=PAD_ID, image_token_id=IMAGE_ID, has_task_labels=True)
+    collator = Collator(pad_token_id=PAD_ID, image_token_id=IMAGE_ID, has_task_labels=True, is_packed=problem.is_packed)
     return [
         collator([_sample(shape, seed=100 * step + 10 * number + row) for row, shape in enumerate(micro_batch)])
         for number, micro_batch in enumerate(problem.steps[step])

@@ -100,13 +100,21 @@ def _step_loss(model: MoEInstructBlipForConditionalGeneration, batches: Sequence
     supervised = sum(int((batch["labels"][:, 1:] != -100).sum()) for batch in batches)
     tokens = torch.zeros(())
     importance: dict[int, Tensor] = {}
+    logits: list[Tensor] = []
+    head = model.language_model.get_output_embeddings()
+    heard = head.register_forward_hook(lambda _, inputs, output: logits.append(output))
     for batch in batches:
         output = model(**batch, output_routing=True)
-        logits, labels = output.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten()
-        tokens = tokens + cross_entropy(logits, labels, ignore_index=-100, reduction="sum")
+        following, computed = batch["labels"][:, 1:], logits.pop()
+        if output.logits is None:  # the head of a decoder-only model: the columns in which any row has a loss
+            following = following[:, (following != -100).any(dim=0)]
+        else:
+            computed = computed[:, :-1]
+        tokens = tokens + cross_entropy(computed.flatten(0, 1), following.flatten(), ignore_index=-100, reduction="sum")
         if "pixel_values" in batch:
             for site, decision in output.routing.items():
                 importance[site.layer] = importance.get(site.layer, 0) + decision.probs_RE.sum(dim=0)
+    heard.remove()
     variations = [((one - one.mean()) ** 2).mean() / one.mean() ** 2 for one in importance.values()]
     return tokens / supervised + COEFFICIENT * torch.stack(variations).mean()
 

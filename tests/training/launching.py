@@ -121,7 +121,7 @@ class Events:
         """The steps without what is timed, by stage and number; one that was done twice was done alike."""
         found: dict[tuple[str, int], dict[str, Any]] = {}
         for line in self.named("step"):
-            values = {key: line[key] for key in line.keys() - {"time", "seconds", "tokens_per_second"}}
+            values = {key: line[key] for key in line.keys() - {"time", "seconds", "data_seconds", "tokens_per_second"}}
             assert found.setdefault((line["stage"], line["step"]), values) == values
         return found
 
