@@ -31,6 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "analysis": {*MAIN_LINE, "data"},
     "evaluation": {*MAIN_LINE, "data", "checkpoint", "analysis"},
     "training": {*MAIN_LINE, "parallel", "data", "checkpoint", "analysis", "evaluation"},
+    "estimation": {*MAIN_LINE, "data", "training", "analysis"},
     "recipes": set(),
     "slurm": {"config", "monitoring"},
     "preflight": set(),

@@ -23,6 +23,10 @@ def enable_checkpointing(model: VLM, wanted: bool | int) -> None:
     for module in modules:
         # The reentrant kind loses the gradients of routers.
         module.gradient_checkpointing_enable({"use_reentrant": False})
+        # transformers makes the embeddings' output need a gradient, for the reentrant kind; below the first trained layer
+        # that would keep activations, and compute gradients, for nobody.
+        if getattr(module, "_require_grads_hook", None) is not None:
+            module.disable_input_require_grads()
         for layer in module.modules():
             if chosen is not None and getattr(layer, "gradient_checkpointing", False) and id(layer) not in chosen:
                 layer.gradient_checkpointing = False

@@ -102,7 +102,7 @@ def rows_of(decision: RoutingDecision, dtype: torch.dtype = torch.float32, width
 
 def outcome(out_ND: Tensor, rows: ExpertRows, experts: Experts) -> dict[str, Tensor]:
     """Output, and gradients of a loss that weighs every number differently."""
-    upstream = torch.arange(1.0, out_ND.numel() + 1).view_as(out_ND).cos().to(out_ND.dtype)
+    upstream = torch.arange(1.0, out_ND.numel() + 1, device=DEVICE).view_as(out_ND).cos().to(out_ND.dtype)
     inputs = {"x": rows.x_ND, "weights": rows.weights_NK, **dict(experts.named_parameters())}
     grads = torch.autograd.grad(out_ND, list(inputs.values()), upstream)
     return {"out": out_ND.detach(), **dict(zip(inputs, grads, strict=True))}
@@ -227,5 +227,5 @@ def test_the_layer_on_a_gpu_looks_at_the_device_as_often_as_it_says(kind: str) -
         torch.cuda.set_sync_debug_mode("warn")
         layer(x_BSD, context).sum().backward()
         torch.cuda.set_sync_debug_mode("default")
-    looks = [one for one in caught if "synchroniz" in str(one.message)]
+    looks = [one for one in caught if "called a synchronizing CUDA operation" in str(one.message)]
     assert len(looks) == (0 if kind == "top_k" else 1), [str(one.message) for one in looks]

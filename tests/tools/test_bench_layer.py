@@ -70,6 +70,18 @@ def test_json_has_the_agreed_form_for_one_type(bench: Bench, tmp_path: Path) -> 
         assert row["saved_mib"] > 0
         assert row["dropped"] == 0 or row["label"].startswith("DeepSpeed MoE")
     assert result["variants"]["dense"]["ratio_to_dense"] == 1.0
+    for name in ("dense", "ours"):
+        # forward and backward of 64 x 2 rows through three 32 x 48 matrices: 18 FLOPs a number; the gate of 4 experts
+        needed = 18 * 64 * 2 * 32 * 48 + (0 if name == "dense" else 6 * 64 * 4 * 32)
+        row = result["variants"][name]
+        assert row["tflops"] * 1e12 * row["milliseconds"] / 1e3 == pytest.approx(needed)
+        peak = result["config"]["peaks"]["fp32"]["tflops"]
+        assert row["mfu_needed"] == row["mfu_six_n"] == pytest.approx(row["tflops"] / peak)
+        # x of 64 x 32, gate and up of 128 x 48, in 4 bytes
+        assert row["saved_over_floor"] * (64 * 32 + 2 * 128 * 48) * 4 / 2**20 == pytest.approx(row["saved_mib"])
+        assert row["host_syncs"] is row["kernels"] is None
+    # 8 of 64 tokens are on 4 experts instead of 2, which 6N does not count
+    assert result["variants"]["ours_ltdr"]["mfu_needed"] > result["variants"]["ours_ltdr"]["mfu_six_n"]
     assert "Triton" in result["unavailable"]["deepspeed_dropless_grouped"]
     text = page.read_text()
     assert all(row["label"] in text for row in result["variants"].values())
@@ -86,6 +98,72 @@ def test_both_types_add_a_suffix_to_bf16_alone(bench: Bench, tmp_path: Path) -> 
         "dense_bf16": "bf16",
         "ours_bf16": "bf16",
     }
+
+
+def test_figure_traces_and_tables_are_written(bench: Bench, tmp_path: Path) -> None:
+    png, folder = tmp_path / "a" / "layer.png", tmp_path / "traces"
+    arguments = [*TINY, "--dtype", "both", "--variants", "ours", "--png", str(png), "--profile", str(folder)]
+    assert bench.command.main(arguments) == 0
+    assert png.read_bytes().startswith(b"\x89PNG")
+    names = ["dense", "dense_bf16", "ours", "ours_bf16"]
+    assert sorted(path.name for path in folder.iterdir()) == sorted(
+        name + suffix for name in names for suffix in (".json", ".md")
+    )
+    events = json.loads((folder / "ours.json").read_text())["traceEvents"]
+    assert any(event.get("name") == "aten::mm" for event in events)
+    table = (folder / "dense.md").read_text()
+    # three products forward and six backward, each pass
+    assert "| `aten::mm` |" in table
+    assert table.split("| `aten::mm` |")[1].split("\n")[0].endswith("| 9 |")
+
+
+def test_allocations_by_hand(bench: Bench, import_tool: Import) -> None:
+    class Known(nn.Module):
+        def forward(self, x_BSD: Tensor) -> Tensor:
+            return x_BSD.exp().exp()
+
+    counts = import_tool("bench.counts").count_pass(Known(), problem_of(bench))
+    # each exp makes its result forward, and backward a product that is its input's gradient
+    assert counts.allocations == 4
+    assert counts.host_syncs is counts.kernels is None
+
+
+def test_a_rival_that_is_too_large_is_left_out(bench: Bench, capsys: pytest.CaptureFixture) -> None:
+    class Huge(nn.Module):
+        def forward(self, x_BSD: Tensor) -> Tensor:
+            raise torch.OutOfMemoryError("too much\nand more")
+
+    layers = {"ours": nn.Identity(), "rival": Huge()}
+    reasons = bench.measure.drop_too_large(layers, problem_of(bench), kept={"ours"})
+    assert reasons == {"rival": "too little memory: too much"}
+    assert list(layers) == ["ours"]
+    with pytest.raises(torch.OutOfMemoryError):
+        bench.measure.drop_too_large({"ours": Huge()}, problem_of(bench), kept={"ours"})
+
+
+def test_a_peak_that_is_given_is_taken(bench: Bench, tmp_path: Path) -> None:
+    out = tmp_path / "layer.json"
+    arguments = [*TINY, "--dtype", "bf16", "--variants", "ours", "--peak-tflops", "0.5", "--json", str(out)]
+    assert bench.command.main(arguments) == 0
+    result = json.loads(out.read_text())
+    assert result["config"]["peaks"] == {"bf16": {"tflops": 0.5, "source": "given"}}
+    assert result["variants"]["ours"]["mfu_needed"] == pytest.approx(result["variants"]["ours"]["tflops"] / 0.5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dtype", "both", "--peak-tflops", "5"], "--peak-tflops: a peak is one type's"),
+        (["--dtype", "fp32", "--peak-tflops", "0"], "0; allowed: a number above 0"),
+    ],
+)
+def test_a_wrong_peak_ends_with_status_2(
+    bench: Bench, arguments: list[str], message: str, capsys: pytest.CaptureFixture
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        bench.command.main([*TINY, *arguments])
+    assert ended.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(("experts", "top_k"), [(4, 2), (6, 3)])

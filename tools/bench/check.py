@@ -5,13 +5,13 @@ T tokens   D model width   E experts   F FFN width
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize, silu
 
-from bench.problem import Problem, Sizes, draw_problem, routing_probabilities
+from bench.problem import Problem, routing_probabilities
 from bench.rivals import UnavailableError
 from bench.variants import Variant
 from moe_lvlm.routing import Modality
@@ -36,24 +36,16 @@ class Outcome:
     grad_gate_ED: Tensor | None
 
 
-def check_variants(
-    variants: tuple[Variant, ...],
-    sizes: Sizes,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    seed: int,
-    is_compared: bool = True,
-) -> dict[str, str]:
-    """Compare outputs and gradients on a few tokens; the reasons of the variants that cannot run are returned.
+def check_variants(variants: tuple[Variant, ...], problem: Problem, *, is_compared: bool = True) -> dict[str, str]:
+    """Compare outputs and gradients on a problem of few tokens (`CHECK_TOKENS` do); the reasons of the variants that
+    cannot run are returned.
 
     Baselines that drop tokens get a capacity at which they drop none. Without `is_compared` the variants only run.
 
     Raises:
         CheckError: a result is wrong. Any error in a variant of ours also comes through.
     """
-    small = replace(sizes, tokens=min(sizes.tokens, CHECK_TOKENS))
-    problem = draw_problem(small, dtype=dtype, device=device, seed=seed).with_capacity(float(sizes.experts))
+    problem = problem.with_capacity(float(problem.sizes.experts))
     expected = {kind: _plain(problem, kind) for kind in {variant.computes for variant in variants}}
     unavailable: dict[str, str] = {}
     for variant in variants:
@@ -68,7 +60,7 @@ def check_variants(
             unavailable[variant.name] = f"{type(error).__name__}: {str(error).splitlines()[0]}"
             continue
         if is_compared:
-            _compare(variant.name, outcome, expected[variant.computes], dtype)
+            _compare(variant.name, outcome, expected[variant.computes], problem.x_BSD.dtype)
     return unavailable
 
 

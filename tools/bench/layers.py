@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
@@ -19,6 +20,7 @@ from moe_lvlm.config.moe import (
     MoEConfig,
     TopKRouterSettings,
 )
+from moe_lvlm.moe.dispatch import AllToAllDispatcher, Dispatcher
 from moe_lvlm.moe.experts import Experts
 from moe_lvlm.moe.layer import MoELayer
 from moe_lvlm.routing import Router, RoutingContext, RoutingDecision, Site, build_router
@@ -81,21 +83,31 @@ class DenseFloor(BenchLayer):
 class Ours(BenchLayer):
     """moe_lvlm's MoELayer with the router that `config` names."""
 
-    def __init__(self, problem: Problem, router: Router, context: RoutingContext | None) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        router: Router,
+        context: RoutingContext | None,
+        *,
+        dispatcher: Dispatcher | None = None,
+        held: slice = slice(None),
+    ) -> None:
+        """held: the experts that are here; all of them unless a dispatcher brings rows to the others."""
         super().__init__()
         sizes = problem.sizes
+        w1_EFD = problem.w1_EFD[held]
         experts = Experts(
-            num_experts=sizes.experts, model_width=sizes.model_width, ffn_width=sizes.ffn_width, activation="silu"
+            num_experts=len(w1_EFD), model_width=sizes.model_width, ffn_width=sizes.ffn_width, activation="silu"
         )
         assert experts.w3 is not None
-        self.layer = MoELayer(router=router, experts=experts, site=Site("bench", 0))
+        self.layer = MoELayer(router=router, experts=experts, site=Site("bench", 0), dispatcher=dispatcher)
         self.layer.to(device=problem.x_BSD.device, dtype=problem.x_BSD.dtype)
         self.context = context
         with torch.no_grad():
             router.gate.weight.copy_(problem.gate_ED)
-            experts.w1.copy_(problem.w1_EFD)
-            experts.w2.copy_(problem.w2_EDF)
-            experts.w3.copy_(problem.w3_EFD)
+            experts.w1.copy_(w1_EFD)
+            experts.w2.copy_(problem.w2_EDF[held])
+            experts.w3.copy_(problem.w3_EFD[held])
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         return self.layer(x_BSD, self.context)
@@ -116,6 +128,20 @@ class _AllExpertsRouter(LongTailRouter):
 def ours_top_k(problem: Problem) -> BenchLayer:
     """Ours, plain top-k."""
     return _ours(problem, TopKRouterSettings())
+
+
+def ours_expert_parallel(problem: Problem, group: dist.ProcessGroup, *, rank: int, size: int) -> BenchLayer:
+    """Ours, plain top-k, with rank `rank` of `size` holding its share of the experts; on one process without a group."""
+    sizes = problem.sizes
+    router = build_router(
+        model_width=sizes.model_width,
+        config=MoEConfig(num_experts=sizes.experts, top_k=sizes.top_k, router=TopKRouterSettings()),
+    )
+    if size == 1:
+        return Ours(problem, router, context=None)
+    share = sizes.experts // size
+    held = slice(rank * share, (rank + 1) * share)
+    return Ours(problem, router, context=None, dispatcher=AllToAllDispatcher(group), held=held)
 
 
 def ours_conflict(problem: Problem) -> BenchLayer:

@@ -5,16 +5,15 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from bench.variants import DENSE
-
 MIB = 2**20
+Layer = TypeVar("Layer", bound=nn.Module)
 
 
 class Given(Protocol):
@@ -29,14 +28,14 @@ class Given(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Timings:
-    """Seconds of forward and backward by variant, one a complete round; whether Ctrl-C ended them early."""
+    """Seconds by name, one a complete round; whether Ctrl-C ended them early."""
 
     seconds: dict[str, list[float]]
     is_interrupted: bool
 
     @property
     def num_rounds(self) -> int:
-        return len(self.seconds[DENSE])
+        return len(next(iter(self.seconds.values())))
 
 
 def time_interleaved(
@@ -49,21 +48,36 @@ def time_interleaved(
     clock: Callable[[], float] = time.perf_counter,
     advance: Callable[[str], None] = lambda name: None,
 ) -> Timings:
-    """Every round runs each layer once, in a new order, so that a slow second of the machine hits all alike.
+    """Seconds of forward and backward of layers on the same problem (see `interleave`).
 
     clock: seconds of the wall, or of this process alone (time.process_time) where others keep the machine busy.
-    advance: called with the name of each layer before it runs.
+    """
+    runs = {name: lambda layer=layer: run_once(layer, problem, clock) for name, layer in layers.items()}
+    return interleave(runs, repeats=repeats, warmup=warmup, seed=seed, advance=advance)
+
+
+def interleave(
+    runs: Mapping[str, Callable[[], float]],
+    *,
+    repeats: int,
+    warmup: int,
+    seed: int,
+    advance: Callable[[str], None] = lambda name: None,
+) -> Timings:
+    """Every round calls each of `runs` once, in a new order, so that a slow second of the machine hits all alike.
+
+    runs: each returns the seconds that it took. advance: called with the name of each before it runs.
     """
     shuffle = random.Random(seed).shuffle
-    seconds: dict[str, list[float]] = {name: [] for name in layers}
-    order = list(layers)
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    order = list(runs)
     try:
         for turn in range(warmup + repeats):
             shuffle(order)
             round_seconds = {}
             for name in order:
                 advance(name)
-                round_seconds[name] = run_once(layers[name], problem, clock)
+                round_seconds[name] = runs[name]()
             if turn >= warmup:
                 for name, value in round_seconds.items():
                     seconds[name].append(value)
@@ -72,19 +86,40 @@ def time_interleaved(
     return Timings(seconds, is_interrupted=False)
 
 
+def drop_too_large(layers: dict[str, Layer], problem: Given, *, kept: Collection[str]) -> dict[str, str]:
+    """Run each layer once and take out of `layers` those for which the device has too little memory, with the reason.
+
+    kept: names of layers that must run; their error comes through.
+    """
+    reasons = {}
+    for name, layer in list(layers.items()):
+        try:
+            layer(problem.x_BSD.detach().requires_grad_()).backward(problem.grad_BSD)
+        except torch.OutOfMemoryError as error:
+            if name in kept:
+                raise
+            reasons[name] = f"too little memory: {str(error).splitlines()[0]}"
+            del layers[name]
+        layer.zero_grad(set_to_none=True)
+    if reasons:
+        torch.cuda.empty_cache()  # pieces of what did not fit would be in the way of what does
+    return reasons
+
+
 def run_once(layer: nn.Module, problem: Given, clock: Callable[[], float] = time.perf_counter) -> float:
     """Seconds of one forward and backward pass; gradients are made anew, as after zero_grad(set_to_none=True)."""
     x_BSD = problem.x_BSD.detach().requires_grad_()
-    _synchronize(x_BSD.device)
+    synchronize(x_BSD.device)
     start = clock()
     layer(x_BSD).backward(problem.grad_BSD)
-    _synchronize(x_BSD.device)
+    synchronize(x_BSD.device)
     elapsed = clock() - start
     layer.zero_grad(set_to_none=True)
     return elapsed
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that it was given; a CPU has."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

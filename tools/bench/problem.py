@@ -74,6 +74,18 @@ class Problem:
         """The same problem with another capacity of the baselines that drop tokens."""
         return replace(self, sizes=replace(self.sizes, capacity_factor=factor))
 
+    def first_tokens(self, limit: int) -> Problem:
+        """The same with `limit` tokens at most, and the same share of them in LTDR's tail."""
+        sizes = replace(self.sizes, tokens=min(self.sizes.tokens, limit))
+        x_BSD = self.x_BSD[:, : sizes.tokens].contiguous()
+        return replace(
+            self,
+            sizes=sizes,
+            x_BSD=x_BSD,
+            grad_BSD=self.grad_BSD[:, : sizes.tokens].contiguous(),
+            context=tail_context(routing_probabilities(x_BSD[0], self.gate_ED), sizes.num_tail),
+        )
+
 
 def draw_problem(sizes: Sizes, *, dtype: torch.dtype, device: torch.device, seed: int) -> Problem:
     """Random weights, input and output gradient.
@@ -101,6 +113,63 @@ def draw_problem(sizes: Sizes, *, dtype: torch.dtype, device: torch.device, seed
     )
 
 
+def with_load(problem: Problem, share: float | None, *, seed: int) -> Problem:
+    """The same problem with inputs and a gate that set how many tokens want expert 0: `share` of them, or K / E (None).
+
+    All other choices are spread evenly by chance. The gate reads the first E numbers of a token, and each token's are
+    put into the order of its choice: they stay the random numbers that they were, and no routing code is told anything.
+
+    Raises:
+        ValueError: share outside 0 to 1, or tokens that cannot do without expert 0; D below E.
+    """
+    sizes = problem.sizes
+    T, E, K = sizes.tokens, sizes.experts, sizes.top_k
+    if share is not None and not 0 <= share <= 1:
+        raise ValueError(f"share of tokens on one expert: {share}; allowed: 0 to 1")
+    if share is not None and share < 1 and K == E:
+        raise ValueError(f"share of tokens on one expert: {share} with top_k {K} of {E} experts; allowed: 1")
+    generator = torch.Generator().manual_seed(seed)
+    preference_TE = torch.rand(T, E, generator=generator)
+    if share is not None:
+        preference_TE[:, 0] = torch.where(torch.randperm(T, generator=generator) < round(share * T), 2.0, -1.0)
+    is_chosen_TE = torch.zeros(T, E).scatter_(1, preference_TE.topk(K, dim=-1).indices, 1.0)
+    # the chosen change places with each other, or expert 0 would always be the first
+    preference_TE = is_chosen_TE + 0.5 * torch.rand(T, E, generator=generator)
+    largest_TE = problem.x_BSD[0, :, :E].sort(dim=-1, descending=True).values
+    return _with_scores(problem, largest_TE, preference_TE)
+
+
+def with_tail(problem: Problem, share: float, *, seed: int) -> Problem:
+    """The same problem, in which `share` of the tokens are LTDR's tail: all tokens are vision, and their scores have one
+    of two spreads. The load is even, `sizes.tail_share` the share.
+
+    `tail_context` finds a tail among random scores, but not one of half of the tokens.
+
+    Raises:
+        ValueError: D below E.
+    """
+    sizes = replace(problem.sizes, tail_share=share)
+    T, E = sizes.tokens, sizes.experts
+    generator = torch.Generator().manual_seed(seed)
+    is_tail_T = torch.randperm(T, generator=generator) < sizes.num_tail
+    scores_TE = torch.where(is_tail_T, 1.5, 0.375)[:, None] * torch.linspace(1, -1, E)
+    routed = _with_scores(problem, scores_TE.to(problem.x_BSD), torch.rand(T, E, generator=generator))
+    return replace(routed, sizes=sizes, context=_context(torch.ones(T, dtype=torch.bool, device=problem.x_BSD.device)))
+
+
+def _with_scores(problem: Problem, scores_TE: Tensor, preference_TE: Tensor) -> Problem:
+    """A gate that reads the first E numbers of a token, which are its scores (descending) in the order of preference."""
+    D, E = problem.sizes.model_width, problem.sizes.experts
+    if D < E:
+        raise ValueError(f"model_width: {D} with {E} experts whose load is set; allowed: {E} and above")
+    order_TE = preference_TE.argsort(dim=-1, descending=True).to(scores_TE.device)
+    x_BSD = problem.x_BSD.clone()
+    x_BSD[0, :, :E] = torch.empty_like(scores_TE).scatter_(1, order_TE, scores_TE)
+    gate_ED = torch.zeros_like(problem.gate_ED)
+    gate_ED[:, :E] = torch.eye(E, dtype=gate_ED.dtype, device=gate_ED.device)
+    return replace(problem, x_BSD=x_BSD, gate_ED=gate_ED)
+
+
 def routing_probabilities(x_TD: Tensor, gate_ED: Tensor) -> Tensor:
     """Float32 [T, E]: softmax of the gate's scores."""
     return torch.softmax(x_TD.float() @ gate_ED.float().T, dim=-1)
@@ -116,13 +185,18 @@ def tail_context(probs_TE: Tensor, num_tail: int) -> RoutingContext:
         ValueError: no such choice exists (too few tokens, or all alike).
     """
     num_tokens = probs_TE.shape[0]
-    modality_T = torch.full((num_tokens,), int(Modality.LANGUAGE), dtype=torch.int8, device=probs_TE.device)
+    is_vision_T = torch.zeros(num_tokens, dtype=torch.bool, device=probs_TE.device)
     if num_tail:
         variance_T, order_T = probs_TE.var(dim=-1, unbiased=False).sort(descending=True)
         num_low = _low_tokens(variance_T.double(), num_tail)
-        modality_T[order_T[:num_tail]] = int(Modality.VISION)
-        modality_T[order_T[num_tokens - num_low :]] = int(Modality.VISION)
-    is_vision_T = modality_T == Modality.VISION
+        is_vision_T[order_T[:num_tail]] = True
+        is_vision_T[order_T[num_tokens - num_low :]] = True
+    return _context(is_vision_T)
+
+
+def _context(is_vision_T: Tensor) -> RoutingContext:
+    """One image and one sample; tokens that are not vision are language."""
+    modality_T = torch.where(is_vision_T, int(Modality.VISION), int(Modality.LANGUAGE)).to(torch.int8)
     return RoutingContext(
         modality_BS=modality_T[None],
         image_BS=torch.where(is_vision_T, 0, -1).to(torch.int32)[None],

@@ -47,9 +47,19 @@ def write_json(path: Path, result: dict[str, Any]) -> None:
     path.write_text(json.dumps(result, indent=2) + "\n")
 
 
+def setting_line(result: dict[str, Any]) -> str:
+    """One line of a result: the hardware and its software."""
+    hardware = result["hardware"]
+    return (
+        f"{hardware['device']}, {hardware['threads']} of {hardware['cores']} cores, torch {hardware['torch']}; "
+        f"load {hardware['load_average']}"
+    )
+
+
 def markdown(result: dict[str, Any]) -> str:
     """The result as a page: hardware, sizes, one table."""
     hardware, config = result["hardware"], result["config"]
+    peaks = ", ".join(f"{dtype} {peak['tflops']:.4g} ({peak['source']})" for dtype, peak in config["peaks"].items())
     lines = [
         f"**{hardware['device']}**, {hardware['threads']} of {hardware['cores']} cores, torch {hardware['torch']}, "
         f"transformers {hardware['transformers']}, deepspeed {hardware['deepspeed']}; load {hardware['load_average']}",
@@ -57,17 +67,23 @@ def markdown(result: dict[str, Any]) -> str:
         f"{config['tokens']} tokens, D {config['model_width']}, F {config['ffn_width']}, {config['experts']} experts, "
         f"top-{config['top_k']}, tail share {config['tail_share']}, {config['rounds']} rounds; busiest expert "
         f"{config['load_imbalance']:.2f} x the mean. Forward + backward; ratio to the dense floor: median "
-        "(spread, p90 - p10 over the median). Dropped: (token, expert) assignments.",
+        "(spread, p90 - p10 over the median). Dropped: (token, expert) assignments. MFU of the FLOPs needed / by 6N; "
+        f"peak TFLOP/s: {peaks}.",
         "",
-        "| variant | type | ratio | ms | saved MiB | floor MiB | peak MiB | dropped |",
-        "|---|---|---|---|---|---|---|---|",
+        "| variant | type | ratio | ms | TFLOP/s | MFU | saved MiB (x floor) | peak MiB | syncs | kernels | allocations "
+        "| dropped |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in result["variants"].values():
-        peak = "" if row["peak_mib"] is None else f"{row['peak_mib']:.0f}"
+        counted = (_or_nothing(row[name]) for name in ("peak_mib", "host_syncs", "kernels", "allocations", "dropped"))
         lines.append(
             f"| {row['label']} | {row['dtype']} | {row['ratio_to_dense']:.2f} ({row['spread']:.2f}) | "
-            f"{row['milliseconds']:.1f} | {row['saved_mib']:.1f} | {row['saved_floor_mib']:.1f} | {peak} | "
-            f"{row['dropped']} |"
+            f"{row['milliseconds']:.1f} | {row['tflops']:.3g} | {row['mfu_needed']:.1%} / {row['mfu_six_n']:.1%} | "
+            f"{row['saved_mib']:.1f} ({row['saved_over_floor']:.2f}) | {' | '.join(counted)} |"
         )
-    lines += [f"| {name} | not run: {reason} | | | | | | |" for name, reason in result["unavailable"].items()]
+    lines += [f"| {name} | not run: {reason} |{' |' * 10}" for name, reason in result["unavailable"].items()]
     return "\n".join(lines) + "\n"
+
+
+def _or_nothing(value: float | None) -> str:
+    return "" if value is None else f"{value:.0f}"

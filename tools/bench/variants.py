@@ -11,6 +11,7 @@ from bench.layers import BenchLayer
 from bench.problem import Problem
 
 DENSE = "dense"
+Computes = Literal["dense", "top_k", "ltdr", "dynamic"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +24,7 @@ class Variant:
     name: str
     label: str
     build: Callable[[Problem], BenchLayer]
-    computes: Literal["dense", "top_k", "ltdr", "dynamic"]
+    computes: Computes
     is_ours: bool = False
 
 

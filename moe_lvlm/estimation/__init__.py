@@ -1,0 +1,1 @@
+"""What a training step costs on paper: FLOPs, memory, traffic and time."""
