@@ -38,7 +38,9 @@ from rich.console import Console
 from rich.progress import Progress, TimeElapsedColumn
 
 if TYPE_CHECKING:
-    from bench.data_loaders import Batching, LoaderRun, StageData
+    from bench.data_loaders import Batching, LoaderRun
+
+    from moe_lvlm.training.data import StageData
 
 SYNTHETIC = Path(__file__).resolve().parent / "bench" / "sizes" / "stablelm.yaml"
 MAX_PADDING, MAX_IMBALANCE, MIN_FACTOR = 0.02, 1.03, 2.0

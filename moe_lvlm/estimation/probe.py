@@ -42,6 +42,7 @@ from moe_lvlm.models.llava import MoELlavaForConditionalGeneration
 from moe_lvlm.moe.layer import MoELayer
 from moe_lvlm.routing.cluster import ClusterRouter
 from moe_lvlm.routing.instruct import InstructRouter
+from moe_lvlm.routing.ltdr import LongTailRouter
 from moe_lvlm.routing.router import Router
 
 ATTENTION, DENSE_FFN, EXPERTS, SHARED_EXPERTS, ROUTER, OTHER = (
@@ -174,6 +175,9 @@ class _Probing:
                 tail_share=self.shape.tail_share,
                 expert_parallel_size=self.expert_parallel_size,
             )
+        if isinstance(made, LongTailRouter) and made.needs_attention:
+            # It counts what attention says of values; tokens that are chosen otherwise cost the same
+            made.settings = made.settings.model_copy(update={"eea_select": "vision_tail"})
         if isinstance(made, ClusterRouter):
             return BlindClusterRouter(made)
         if isinstance(made, InstructRouter):

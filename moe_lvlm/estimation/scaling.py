@@ -102,7 +102,8 @@ def scaling_page(points: Sequence[Point]) -> str:
         reached = efficiency(points, kind)
         for point in (one for one in points if one.kind == kind):
             if (plan := point.plan) is None:
-                lines.append(f"| {kind} | {point.gpus} | {point.global_batch:,} | | nothing fits | | | | |")
+                why = "nothing fits" if point.global_batch >= point.gpus else "not a sample for each GPU"
+                lines.append(f"| {kind} | {point.gpus:,} | {point.global_batch:,} | | {why} | | | | |")
                 continue
             choice = plan.choice
             setting = f"{choice.deepspeed}, {choice.expert_parallel_size}, {str(choice.checkpointed).lower()}"

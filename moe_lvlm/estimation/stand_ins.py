@@ -21,6 +21,7 @@ from moe_lvlm.routing.cluster import ClusterRouter
 from moe_lvlm.routing.instruct import InstructRouter
 from moe_lvlm.routing.ltdr import LongTailRouter
 from moe_lvlm.routing.router import Router
+from moe_lvlm.routing.stgc import ConflictRouter
 from moe_lvlm.routing.trace import RoutingTrace
 from moe_lvlm.routing.types import RoutingContext
 
@@ -71,7 +72,8 @@ class StandInMoELayer(nn.Module):
         self.experts = StandInExperts(
             layer.experts,
             num_rows=routed_rows(layer.router, tokens=tokens, tail_share=tail_share),
-            has_exchange=expert_parallel_size > 1,
+            # STGC's experts look at the rows themselves
+            keeps_rows=expert_parallel_size > 1 or isinstance(layer.router, ConflictRouter),
         )
         self.shared_experts = layer.shared_experts
         self.site = layer.site
@@ -119,15 +121,15 @@ class BlindInstructRouter(InstructRouter):
 class StandInExperts(nn.Module):
     """In the place of experts: all rows pass the first one. From tokens to tokens, gathering and adding up included."""
 
-    def __init__(self, experts: Experts, *, num_rows: int, has_exchange: bool) -> None:
+    def __init__(self, experts: Experts, *, num_rows: int, keeps_rows: bool) -> None:
         super().__init__()
         self._parameters = experts._parameters
         self.num_rows = num_rows
-        self.has_exchange = has_exchange
+        self.keeps_rows = keeps_rows
 
     def forward(self, x_TD: Tensor, weights_TK: Tensor) -> Tensor:
         stacks = [self._parameters.get(name) for name in ("w1", "w2", "w3")]
-        return _Experts.apply(x_TD, weights_TK, self.num_rows, self.has_exchange, *stacks)
+        return _Experts.apply(x_TD, weights_TK, self.num_rows, self.keeps_rows, *stacks)
 
 
 class _Experts(torch.autograd.Function):
@@ -136,7 +138,7 @@ class _Experts(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Tensor, weights_TK: Tensor, num_rows: int, has_exchange: bool, *stacks: Tensor | None
+        ctx: Any, x_TD: Tensor, weights_TK: Tensor, num_rows: int, keeps_rows: bool, *stacks: Tensor | None
     ) -> Tensor:
         w1, w2, w3 = stacks
         assert w1 is not None and w2 is not None
@@ -148,16 +150,16 @@ class _Experts(torch.autograd.Function):
         up_RF = None if w3 is None else rows_RD @ w3[0].t()
         hidden_RF = gate_RF * (gate_RF if up_RF is None else up_RF)
         out_RD = hidden_RF @ w2[0].t()
-        kept = rows_RD if has_exchange else x_TD
+        kept = rows_RD if keeps_rows else x_TD
         ctx.save_for_backward(kept, gate_RF, up_RF, slot_R, row_TK, weights_R, weights_TK, *stacks)
         return _sum_rows(out_RD, slot_R, x_TD)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         kept, gate_RF, up_RF, slot_R, _, _, weights_TK, w1, w2, w3 = ctx.saved_tensors
-        needs, has_exchange = ctx.needs_input_grad, kept.shape[0] == len(slot_R)
+        needs, keeps_rows = ctx.needs_input_grad, kept.shape[0] == len(slot_R)
         grad_RD = grads[0].index_select(0, slot_R)
-        x_RD = kept if has_exchange else kept.index_select(0, slot_R)
+        x_RD = kept if keeps_rows else kept.index_select(0, slot_R)
         hidden_RF = gate_RF * (gate_RF if up_RF is None else up_RF)
         grad_gate_RF = grad_RD @ w2[0]
         grad_up_RF = None if up_RF is None else grad_gate_RF * up_RF

@@ -12,14 +12,15 @@ from moe_lvlm.config.moe import ClusterRouterSettings, MoEConfig
 from moe_lvlm.config.recipe import Recipe, StageSettings
 from moe_lvlm.data.clusters import InstructionClusters
 from moe_lvlm.data.errors import BadRecordError
-from moe_lvlm.data.mixture import MixtureDataset, build_dataset, needed_data
+from moe_lvlm.data.mixture import MixtureDataset
 from moe_lvlm.models.build import build_empty
 from moe_lvlm.models.clusters import check_centres as check_router_centres
 from moe_lvlm.models.instructblip_config import VLMConfig
 from moe_lvlm.models.packed_attention import check_family
-from moe_lvlm.models.processor import Processor, num_image_tokens
+from moe_lvlm.models.processor import Processor
 from moe_lvlm.moe.checkpointing import choose_layers
 from moe_lvlm.training.build import stage_config
+from moe_lvlm.training.data import open_stage_data
 from moe_lvlm.training.features import check_feature_cache, check_stage_tower
 from moe_lvlm.training.memory import ParameterGroup, parameter_table
 from moe_lvlm.training.trainable import select_trainable
@@ -68,18 +69,10 @@ def check_data(recipe: Recipe, processor: Processor) -> None:
             Records are looked at when they are drawn, but for their instructions if routers go by clusters.
     """
     check_feature_cache(recipe, processor)
-    for index, stage in enumerate(recipe.stages):
+    for index in range(len(recipe.stages)):
         config = stage_config(recipe, index)
         moe, adapter = config.moe_config, config.adapter_settings
-        dataset, _ = build_dataset(
-            needed_data(recipe.data, moe, adapter),
-            stage.mixture or recipe.data.mixture,
-            stage.template or recipe.data.template,
-            processor,
-            num_image_tokens,
-            recipe.seed,
-            answers_apart=config.is_answer_apart,
-        )
+        dataset = open_stage_data(recipe, index, processor).dataset
         clusters = dataset.builder.clusters
         if clusters is None:
             continue

@@ -26,16 +26,16 @@ from moe_lvlm.config.recipe import Recipe, StageSettings
 from moe_lvlm.data.balance import step_balance
 from moe_lvlm.data.ledger import BadSampleLedger
 from moe_lvlm.data.loader import MicroBatch, StepLoader
-from moe_lvlm.data.mixture import build_dataset, needed_data
 from moe_lvlm.data.order import StepOrder
 from moe_lvlm.models.packed_attention import attend_within_samples
-from moe_lvlm.models.processor import Processor, num_image_tokens
+from moe_lvlm.models.processor import Processor
 from moe_lvlm.parallel.engine import start_engine
 from moe_lvlm.parallel.process_group import World, group_timeout, set_group_timeouts
 from moe_lvlm.training.adaptation import ExpertAdaptation
 from moe_lvlm.training.base import plan_base
-from moe_lvlm.training.build import build_stage_model, stage_config
+from moe_lvlm.training.build import build_stage_model
 from moe_lvlm.training.checkpointing import enable_checkpointing
+from moe_lvlm.training.data import open_stage_data
 from moe_lvlm.training.folder import BAD_SAMPLES, CHECKPOINTS
 from moe_lvlm.training.interrupt import Interrupt
 from moe_lvlm.training.log import RunLog
@@ -100,37 +100,21 @@ class Stage:
         self._run.watchdog.beat(phase, stage=self._settings.name, step=self.state.step)
 
     def _open_data(self) -> tuple[StepOrder, StepLoader]:
-        recipe, settings = self._run.recipe, self._settings
-        seed = recipe.seed * 1000 + self.state.stage
-        config = stage_config(recipe, self.state.stage)
-        dataset, collator = build_dataset(
-            needed_data(recipe.data, config.moe_config, config.adapter_settings),
-            settings.mixture or recipe.data.mixture,
-            settings.template or recipe.data.template,
-            self._run.processor,
-            num_image_tokens,
-            seed,
-            answers_apart=config.is_answer_apart,
-        )
-        order = StepOrder(
-            seed=seed,
-            epoch_size=len(dataset),
-            micro_batch=settings.micro_batch,
-            global_batch=settings.global_batch,
-        )
+        recipe = self._run.recipe
+        data = open_stage_data(recipe, self.state.stage, self._run.processor)
         world = self._run.world
         loader = StepLoader(
-            dataset,
-            order,
-            collator,
+            data.dataset,
+            data.order,
+            data.collator,
             rank=world.rank,
             world_size=world.size,
             num_workers=recipe.data.num_workers,
             prefetch=recipe.data.prefetch,
-            balance=step_balance(recipe.data, dataset.length),
+            balance=step_balance(recipe.data, data.dataset.length),
             has_pinned_memory=world.device.type == "cuda",
         )
-        return order, loader
+        return data.order, loader
 
     def _start(self, checkpoint: Path | None) -> tuple[Any, ExpertAdaptation]:
         recipe, world = self._run.recipe, self._run.world

@@ -114,8 +114,10 @@ def test_activations_of_instructblip(text: str, experts: ExpertSettings | None, 
     assert estimated == pytest.approx(measured.saved_bytes(model, batch), rel=WITHIN)
 
 
-def test_activations_with_a_tail() -> None:
-    model, batch = prepare(Case(moe=LTDR))
+@pytest.mark.parametrize(("select", "attention"), [("vision_tail", "sdpa"), ("instruction_aware", "eager")])
+def test_activations_with_a_tail(select: str, attention: str) -> None:
+    moe = LTDR | {"router": {"kind": "ltdr", "eea_select": select}}
+    model, batch = prepare(Case(moe=moe, attention=attention))
     batch["output_routing"] = True
     trace = model(**batch).routing
     kept = [int(decision.keep_RK.sum()) for _, decision in trace.items()]
@@ -134,8 +136,6 @@ def test_checkpointed_activations(checkpointed: bool | int, train: Sequence[str]
     probed = probe(model, shape_of(samples()), dtype=torch.float32)
     estimated = saved_bytes(probed, checkpointed_layers(model, checkpointed))
     enable_checkpointing(model, checkpointed)
-    # transformers switches it on with checkpointing: frozen layers below the first that is trained would keep activations
-    model.model.language_model.disable_input_require_grads()
     assert sum(estimated.values()) == pytest.approx(measured.saved_bytes(model, batch), rel=WITHIN)
 
 

@@ -126,7 +126,7 @@ def test_scaling(planner: Planner) -> None:
     assert points[-1].plan is None  # 8 samples for 16 GPUs
     assert efficiency(points, WEAK)[4] == efficiency(points, STRONG)[4] == 1.0
     assert 0 < efficiency(points, WEAK)[16] <= 1.0
-    assert "| strong | 16 | 8 | | nothing fits |" in scaling_page(points)
+    assert "| strong | 16 | 8 | | not a sample for each GPU |" in scaling_page(points)
     records = scaling_json(points)
     assert [record["gpus"] for record in records] == [4, 4, 8, 8, 16, 16]
     assert "deepspeed" not in records[-1] and records[0]["device_bytes"] < 8 * GIB

@@ -8,13 +8,10 @@ from dataclasses import dataclass
 
 from moe_lvlm.config.recipe import Recipe
 from moe_lvlm.data.balance import group_by_length, spread_evenly, step_balance, waste
-from moe_lvlm.data.collator import Collator
 from moe_lvlm.data.loader import MicroBatch, StepLoader
-from moe_lvlm.data.mixture import MixtureDataset, build_dataset, needed_data
-from moe_lvlm.data.order import StepOrder
-from moe_lvlm.models.processor import Processor, num_image_tokens
+from moe_lvlm.models.processor import Processor
 from moe_lvlm.routing.types import Modality
-from moe_lvlm.training.build import stage_config
+from moe_lvlm.training.data import StageData, open_stage_data
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,16 +47,6 @@ def choose_batchings(names: str | None) -> tuple[Batching, ...]:
     return tuple(one for one in BATCHINGS if one.name in wanted)
 
 
-@dataclass(frozen=True, slots=True)
-class StageData:
-    """A stage's data, as the trainer opens it for one way of making batches."""
-
-    recipe: Recipe
-    dataset: MixtureDataset
-    collator: Collator
-    order: StepOrder
-
-
 def open_stage(recipe: Recipe, stage: int, processor: Processor, batching: Batching, cache: str | None) -> StageData:
     """cache: the folder of features, for the batching that wants one."""
     changes = {
@@ -68,22 +55,7 @@ def open_stage(recipe: Recipe, stage: int, processor: Processor, batching: Batch
         "feature_cache": cache if batching.is_cached else None,
     }
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update=changes)})
-    settings = recipe.stages[stage]
-    config = stage_config(recipe, stage)
-    seed = recipe.seed * 1000 + stage
-    dataset, collator = build_dataset(
-        needed_data(recipe.data, config.moe_config, config.adapter_settings),
-        settings.mixture or recipe.data.mixture,
-        settings.template or recipe.data.template,
-        processor,
-        num_image_tokens,
-        seed,
-        answers_apart=config.is_answer_apart,
-    )
-    order = StepOrder(
-        seed=seed, epoch_size=len(dataset), micro_batch=settings.micro_batch, global_batch=settings.global_batch
-    )
-    return StageData(recipe, dataset, collator, order)
+    return open_stage_data(recipe, stage, processor)
 
 
 class LoaderRun:

@@ -92,7 +92,9 @@ class StepBench:
         self._args, self._recipe, self._stage = args, recipe, stage
         self._samples, self._world, self._console = samples, world, console
         self._peak = _peak(args, recipe, world)
-        self._hardware = measure_hardware(world.device, devices=world.size) if args.estimate else None
+        self._hardware = None
+        if args.estimate:
+            self._hardware = measure_hardware(world.device, devices=world.size, clock=clock_of(args))
         self._settings: dict[str, Setting] = {}
         self._papers: dict[object, StepOnPaper] = {}
         self._trials: dict[str, Trial] = {}

@@ -15,8 +15,6 @@ from moe_lvlm.data.balance import step_balance
 from moe_lvlm.data.collator import Collator
 from moe_lvlm.data.errors import BadRecordError
 from moe_lvlm.data.loader import MicroBatch
-from moe_lvlm.data.mixture import build_dataset, needed_data
-from moe_lvlm.data.order import StepOrder
 from moe_lvlm.data.sample import IGNORED_LABEL, Sample
 from moe_lvlm.estimation.samples import SampleLengths
 from moe_lvlm.models.images import image_size
@@ -24,6 +22,7 @@ from moe_lvlm.models.instructblip_config import VLMConfig
 from moe_lvlm.models.processor import Processor, num_image_tokens
 from moe_lvlm.parallel.process_group import World
 from moe_lvlm.training.build import run_processor, stage_config
+from moe_lvlm.training.data import open_stage_data
 
 _CLIP_TOKENS = 576  # of an image, beside which LLaVA's texts have the length that `SampleLengths` gives them
 
@@ -58,22 +57,8 @@ def read_samples(recipe: Recipe, stage: int, world: World) -> StepSamples:
         ValueError: a record is bad, or a file cannot be used.
     """
     recipe = recipe.model_copy(update={"data": recipe.data.model_copy(update={"feature_cache": None})})
-    settings = recipe.stages[stage]
-    config = stage_config(recipe, stage)
-    processor = run_processor(recipe)
-    seed = recipe.seed * 1000 + stage
-    dataset, collator = build_dataset(
-        needed_data(recipe.data, config.moe_config, config.adapter_settings),
-        settings.mixture or recipe.data.mixture,
-        settings.template or recipe.data.template,
-        processor,
-        num_image_tokens,
-        seed,
-        answers_apart=config.is_answer_apart,
-    )
-    order = StepOrder(
-        seed=seed, epoch_size=len(dataset), micro_batch=settings.micro_batch, global_batch=settings.global_batch
-    )
+    data = open_stage_data(recipe, stage, run_processor(recipe))
+    dataset, collator, order = data.dataset, data.collator, data.order
     balance = step_balance(recipe.data, dataset.length)
     step = order.step(0) if balance is None else balance.micro_batches(order.draws(0), order.num_micro_batches)
     try:

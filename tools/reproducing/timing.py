@@ -12,12 +12,10 @@ import torch
 
 from moe_lvlm.config.recipe import Recipe
 from moe_lvlm.data.loader import MicroBatch, StepLoader
-from moe_lvlm.data.mixture import build_dataset
-from moe_lvlm.data.order import StepOrder
 from moe_lvlm.evaluation.generation import generate_answers
 from moe_lvlm.evaluation.loaded import LoadedRun, load_run
 from moe_lvlm.evaluation.questions import read_questions
-from moe_lvlm.models.processor import num_image_tokens
+from moe_lvlm.training.data import open_stage_data
 from moe_lvlm.training.step import to_device
 from moe_lvlm.training.trainable import select_trainable
 from reproducing.grid import NOTHING, Grid
@@ -85,21 +83,8 @@ class _Contender:
 
 def _batches(recipe: Recipe, loaded: LoadedRun) -> list[MicroBatch]:
     """The last stage's first micro-batches."""
-    stage, index = recipe.stages[-1], len(recipe.stages) - 1
-    seed = recipe.seed * 1000 + index
-    dataset, collator = build_dataset(
-        recipe.data,
-        stage.mixture or recipe.data.mixture,
-        stage.template or recipe.data.template,
-        loaded.processor,
-        num_image_tokens,
-        seed,
-        answers_apart=loaded.model.config.is_answer_apart,
-    )
-    order = StepOrder(
-        seed=seed, epoch_size=len(dataset), micro_batch=stage.micro_batch, global_batch=stage.global_batch
-    )
-    loader = StepLoader(dataset, order, collator, rank=0, world_size=1, num_workers=0)
+    data = open_stage_data(recipe, len(recipe.stages) - 1, loaded.processor)
+    loader = StepLoader(data.dataset, data.order, data.collator, rank=0, world_size=1, num_workers=0)
     found: list[MicroBatch] = []
     for micro_batches in loader.steps(0, NUM_BATCHES):
         found += micro_batches
