@@ -8,7 +8,10 @@ from typing import Any
 from moe_lvlm.config.recipe import Recipe
 
 # What another value of leaves the same model on the same data: a resumed run may have it.
-_FREE = ("name", "output_dir", "evaluation", "parallel", "data.num_workers", "data.bad_sample_limit")
+_FREE = (
+    "name", "output_dir", "evaluation", "parallel",
+    "data.num_workers", "data.prefetch", "data.bad_sample_limit", "data.feature_cache",
+)  # fmt: skip
 _FREE_TRAIN = (
     "train.checkpoint", "train.log_every", "train.max_skipped_steps", "train.gradient_checkpointing", "train.hang_timeout",
 )  # fmt: skip
@@ -18,7 +21,10 @@ def training_settings(recipe: Recipe) -> dict[str, Any]:
     """The deciding settings by dotted key (`stages.0.steps`), plain JSON values. Names, folders, evaluation, topology,
     checkpoints and logging are not among them."""
     settings = _flatten(recipe.model_dump(mode="json"))
-    return {key: value for key, value in settings if not key.startswith(_FREE + _FREE_TRAIN)}
+    # batching changes no loss; but capacity counts padding
+    batching = ("data.batching",) if recipe.moe.capacity_factor is None else ()
+    free = (*_FREE, *_FREE_TRAIN, *batching)
+    return {key: value for key, value in settings if not key.startswith(free)}
 
 
 def describe_change(before: Recipe, now: Recipe) -> str | None:

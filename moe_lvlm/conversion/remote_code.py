@@ -95,7 +95,11 @@ def _imports_of_ours(name: str, tree: ast.Module) -> Iterator[tuple[int, str]]:
 
 
 def _packages(tree: ast.Module) -> Iterator[str]:
+    """What a module needs from elsewhere; not what it tries to import, which only some machines need."""
+    tried = {inner for node in ast.walk(tree) if isinstance(node, ast.Try) for inner in ast.walk(node)}
     for node in ast.walk(tree):
+        if node in tried:
+            continue
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom) and node.module:
             names = [node.module]

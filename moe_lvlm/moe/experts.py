@@ -110,10 +110,13 @@ class Experts(nn.Module):
 
     def _plain(self, x_ND: Tensor, rows: ExpertRows) -> Tensor:
         if x_ND.is_cuda and self.b1 is None:
-            from moe_lvlm.moe import fused  # Triton, which builds of torch without CUDA do not bring
+            from moe_lvlm.moe.fused import (  # Triton, which builds of torch without CUDA do not bring
+                can_compute,
+                compute,
+            )
 
-            if fused.can_compute(self.activation, x_ND.dtype):
-                return fused.compute(x_ND, rows.plan, rows.weights_NK, self.activation, self.w1, self.w2, self.w3)
+            if can_compute(self.activation, x_ND.dtype):
+                return compute(x_ND, rows.plan, rows.weights_NK, self.activation, self.w1, self.w2, self.w3)
         return RoutedFFN.apply(x_ND, rows.weights_NK, rows.plan.counted(), self.act, *self._stacks())
 
     def _probed(self, x_ND: Tensor, rows: ExpertRows) -> Tensor:

@@ -10,9 +10,13 @@ N rows of x   K slots of each   S = N * K slots   D model width   F FFN width   
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("kernels for CUDA need triton, which CUDA builds of torch bring") from error
 
 SILU, GELU, GELU_TANH = 0, 1, 2
 # Names of transformers' ACT2FN.

@@ -6,7 +6,6 @@ R routed rows (kept slots)   D width
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -54,7 +53,9 @@ def plan_rows(decision: RoutingDecision) -> RowPlan:
     """The plan of a decision with a row a token. On CUDA the host does not look."""
     num_experts = decision.probs_RE.shape[-1]
     if decision.keep_RK.is_cuda:
-        slot_R, row_NK, stop_E = _kernels().plan(decision.expert_ids_RK, decision.keep_RK, num_experts)
+        from moe_lvlm.moe.kernels import plan  # Triton, which builds of torch without CUDA do not bring
+
+        slot_R, row_NK, stop_E = plan(decision.expert_ids_RK, decision.keep_RK, num_experts)
         return RowPlan(slot_R, row_NK, stop_E, None)
     keep_RK = decision.keep_RK
     slot_A = keep_RK.flatten().nonzero().squeeze(1)
@@ -93,16 +94,18 @@ def take_slots(values_NK: Tensor, plan: RowPlan) -> Tensor:
 def gather_rows(x_ND: Tensor, plan: RowPlan) -> Tensor:
     """`take_rows` outside of autograd."""
     if x_ND.is_cuda:
-        gathered_RD: Tensor = _kernels().gather_rows(x_ND, *plan[:3])
-        return gathered_RD
+        from moe_lvlm.moe.kernels import gather_rows as gather_on_gpu
+
+        return gather_on_gpu(x_ND, *plan[:3])
     return x_ND.index_select(0, plan.source_R)
 
 
 def sum_rows(y_RD: Tensor, plan: RowPlan, dtype: torch.dtype) -> Tensor:
     """`add_rows` outside of autograd."""
     if y_RD.is_cuda:
-        sum_ND: Tensor = _kernels().sum_rows(y_RD, plan.row_NK, dtype)
-        return sum_ND
+        from moe_lvlm.moe.kernels import sum_rows as sum_on_gpu
+
+        return sum_on_gpu(y_RD, plan.row_NK, dtype)
     out_ND = start_sum(y_RD, plan)
     add_to_sum(out_ND, y_RD, plan.source_R)
     return out_ND.to(dtype)
@@ -131,12 +134,6 @@ def saved_plan(ctx: Any) -> tuple[RowPlan, list[Any]]:
     """What `save_plan` kept."""
     slot_R, row_NK, stop_E, *others = ctx.saved_tensors
     return RowPlan(slot_R, row_NK, stop_E, ctx.row_counts), others
-
-
-def _kernels() -> ModuleType:
-    from moe_lvlm.moe import kernels  # Triton, which builds of torch without CUDA do not bring
-
-    return kernels
 
 
 class _TakeRows(torch.autograd.Function):

@@ -9,9 +9,13 @@ T tokens   D model width   E experts
 from __future__ import annotations
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError as error:
+    raise ImportError("kernels for CUDA need triton, which CUDA builds of torch bring") from error
 
 MOST_EXPERTS = 256
 _TOKENS, _COLUMNS = 64, 128  # of one tile

@@ -8,7 +8,6 @@ T tokens   D model width   E experts   P width of the projection
 from __future__ import annotations
 
 import math
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -95,9 +94,10 @@ class _Float32Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
         ctx.save_for_backward(x_TD, weight_ED)
-        if (kernels := _kernels_for(x_TD, weight_ED)) is not None:
-            scores_TE: Tensor = kernels.score(x_TD, weight_ED)
-            return scores_TE
+        if _has_kernels(x_TD, weight_ED):
+            from moe_lvlm.routing.gate_kernels import score
+
+            return score(x_TD, weight_ED)
         with torch.autocast(x_TD.device.type, enabled=False):
             return nn.functional.linear(x_TD.float(), weight_ED.float())
 
@@ -105,17 +105,19 @@ class _Float32Linear(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         x_TD, weight_ED = ctx.saved_tensors
         needs_x, needs_weight = ctx.needs_input_grad
-        if needs_x and needs_weight and (kernels := _kernels_for(x_TD, weight_ED)) is not None:
-            grad_x_TD, grad_weight_ED = kernels.score_backward(grads[0], x_TD, weight_ED)
-            return grad_x_TD, grad_weight_ED
+        if needs_x and needs_weight and _has_kernels(x_TD, weight_ED):
+            from moe_lvlm.routing.gate_kernels import score_backward
+
+            return score_backward(grads[0], x_TD, weight_ED)
         grad_x_TD = (grads[0] @ weight_ED.float()).to(x_TD.dtype) if needs_x else None
         grad_weight_ED = (grads[0].t() @ x_TD.float()).to(weight_ED.dtype) if needs_weight else None
         return grad_x_TD, grad_weight_ED
 
 
-def _kernels_for(x_TD: Tensor, weight_ED: Tensor) -> ModuleType | None:
+def _has_kernels(x_TD: Tensor, weight_ED: Tensor) -> bool:
+    """Whether kernels of ours compute these scores."""
     if not x_TD.is_cuda:
-        return None
-    from moe_lvlm.routing import gate_kernels  # Triton, which builds of torch without CUDA do not bring
+        return False
+    from moe_lvlm.routing.gate_kernels import can_score  # Triton, which builds of torch without CUDA do not bring
 
-    return gate_kernels if gate_kernels.can_score(x_TD, weight_ED) else None
+    return can_score(x_TD, weight_ED)

@@ -21,7 +21,7 @@ from moe_lvlm.checkpoint.verify import verify
 from moe_lvlm.config.load import load_recipe
 
 CHECKPOINTS, DONE, LOG = "checkpoints", "DONE", "log.jsonl"
-_TIMED = {"time", "seconds", "tokens_per_second"}
+_TIMED = {"time", "seconds", "data_seconds", "tokens_per_second"}
 StepKey = tuple[str, int]
 
 
