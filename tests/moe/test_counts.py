@@ -4,15 +4,19 @@ bytes and messages exchanged, memory allocated. A change that costs more of one 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_lvlm.config.moe import MoEConfig
 from moe_lvlm.moe import kernels
+from moe_lvlm.moe.dispatch import AllToAllDispatcher
 from moe_lvlm.moe.experts import Experts
 from moe_lvlm.moe.fused import FusedFFN
 from moe_lvlm.moe.layer import MoELayer
@@ -33,12 +37,15 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.calls: Counter[str] = Counter()
         self.allocated = 0
+        self.sent: list[int] = []  # bytes of each exchange
         self._storages: dict[int, Any] = {}  # held, so that no address comes twice
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self._keep([one for one in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(one, Tensor)])
         out = function(*args, **(kwargs or {}))
         self.calls[function.overloadpacket.__name__] += 1
+        if function.overloadpacket.__name__ == "alltoall_base_":
+            self.sent.append(args[1].numel() * args[1].element_size())
         made = [one for one in torch.utils._pytree.tree_leaves(out) if isinstance(one, Tensor)]
         self.allocated += self._keep(made)
         return out
@@ -124,6 +131,35 @@ def test_operators_of_a_pass() -> None:
         out_BSD.sum().backward()
     assert backward.calls["mm"] + backward.calls["addmm_"] == 2 + 6 * E
     assert sum(backward.calls.values()) < 50 + 60 * E
+
+
+@pytest.fixture
+def group(tmp_path: Path) -> Iterator[dist.ProcessGroup]:
+    """Of one process: what is sent does not depend on to whom."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    yield dist.group.WORLD
+    dist.destroy_process_group()
+
+
+def test_exchanges_of_a_pass(group: dist.ProcessGroup, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counts, rows and their weights there, rows back; gradients the same way, and one look of the host."""
+    layer, (x_BSD, context) = make_layer(), inputs()
+    expected = layer(x_BSD, context)
+    layer.dispatcher = AllToAllDispatcher(group)
+    lists: list[Tensor] = []
+    to_list = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda tensor: (lists.append(tensor), to_list(tensor))[1])
+    with Recorder() as forward:
+        out_BSD = layer(x_BSD, context)
+    monkeypatch.undo()
+    rows, weights = 2 * T * K * D, 4 * T * K
+    assert sorted(forward.sent) == sorted([4 * E, weights, rows, rows])
+    # on the CPU the plan counts its rows besides, which a GPU's does not
+    assert len(lists) + forward.calls["_local_scalar_dense"] == 2
+    torch.testing.assert_close(out_BSD, expected)
+    with Recorder() as backward:
+        out_BSD.sum().backward()
+    assert sorted(backward.sent) == sorted([weights, rows, rows])
 
 
 @pytest.mark.parametrize(("is_grouped", "expected"), [(True, 0), (False, 1)])
