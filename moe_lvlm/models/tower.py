@@ -1,19 +1,12 @@
-"""The vision tower by itself: the features that a connector reads, and what tells one tower from another.
+"""The vision tower by itself: the features that a connector reads of images.
 
 I images   C channels   H, W height, width   M features of an image   D their width
 """
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-import xxhash
 from torch import Tensor, nn
-from transformers import PreTrainedModel
-
-# Of a tower's configuration, what changes its features and no weight.
-_CONFIG = ("model_type", "hidden_act", "layer_norm_eps", "num_attention_heads", "image_size", "patch_size")
 
 
 def tower_features(
@@ -33,17 +26,6 @@ def tower_features(
     if select == "default":
         chosen = [features_IMD[:, 1:] for features_IMD in chosen]
     return chosen[0] if len(chosen) == 1 else torch.cat(chosen, dim=-1)
-
-
-def tower_facts(tower: PreTrainedModel) -> dict[str, Any]:
-    """Plain values, other ones for a tower that may give other features: its weights as xxh3-128, their type, and what its
-    configuration says besides."""
-    digest = xxhash.xxh3_128()
-    for name, parameter in sorted(tower.named_parameters()):
-        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
-        digest.update(parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    facts = {name: getattr(tower.config, name, None) for name in _CONFIG}
-    return facts | {"precision": str(next(tower.parameters()).dtype), "weights": digest.hexdigest()}
 
 
 def is_frozen(tower: nn.Module) -> bool:

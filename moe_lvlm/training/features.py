@@ -31,7 +31,8 @@ from moe_lvlm.models.instructblip import MoEInstructBlipForConditionalGeneration
 from moe_lvlm.models.instructblip_config import VLMConfig
 from moe_lvlm.models.load import find_model
 from moe_lvlm.models.processor import Processor
-from moe_lvlm.models.tower import is_frozen, tower_facts, tower_features
+from moe_lvlm.models.tower import is_frozen, tower_features
+from moe_lvlm.models.tower_facts import tower_facts
 from moe_lvlm.models.weights import fill_from
 from moe_lvlm.training.build import DTYPES, stage_config
 from moe_lvlm.training.trainable import select_trainable

@@ -15,7 +15,8 @@ from moe_lvlm.config.connector import ExpertSettings
 from moe_lvlm.config.moe import MoEConfig
 from moe_lvlm.models.instructblip import MoEInstructBlipForConditionalGeneration
 from moe_lvlm.models.llava import MoELlavaForConditionalGeneration
-from moe_lvlm.models.tower import tower_facts, tower_features
+from moe_lvlm.models.tower import tower_features
+from moe_lvlm.models.tower_facts import tower_facts
 from moe_lvlm.models.upcycle import as_moe_llava
 from moe_lvlm.training.features import feature_choice, vision_tower
 from moe_lvlm.training.trainable import select_trainable
