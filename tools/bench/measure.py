@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 MIB = 2**20
 Layer = TypeVar("Layer", bound=nn.Module)
+Result = TypeVar("Result")
 
 
 class Given(Protocol):
@@ -125,8 +126,13 @@ def synchronize(device: torch.device) -> None:
 
 
 def saved_mib(layer: nn.Module, problem: Given) -> float:
-    """MiB that autograd keeps between forward and backward: each storage once, parameters left out."""
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in layer.parameters()}
+    """MiB that autograd keeps of a layer between forward and backward, as `watch_saved` counts them."""
+    return watch_saved(lambda: layer(problem.x_BSD.detach().requires_grad_()), layer)[1]
+
+
+def watch_saved(forward: Callable[[], Result], model: nn.Module) -> tuple[Result, float]:
+    """What a forward pass returns, and the MiB that autograd keeps of it: each storage once, parameters left out."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, Tensor] = {}
 
     def keep(tensor: Tensor) -> Tensor:
@@ -136,8 +142,8 @@ def saved_mib(layer: nn.Module, problem: Given) -> float:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        layer(problem.x_BSD.detach().requires_grad_())
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / MIB
+        output = forward()
+    return output, sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / MIB
 
 
 def peak_mib(layer: nn.Module, problem: Given) -> float | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any, Literal
@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from bench.measure import MIB
+from bench.measure import watch_saved
 from bench.rivals import UnavailableError
 from bench.step_rivals import put_in, rival_layers
 from moe_lvlm.config.deepspeed import resolve_deepspeed
@@ -272,19 +272,3 @@ class Watched:
         dropped = [layer.dropped for layer in rival_layers(self._engine.module)]
         self.dropped += sum(int(one) for one in dropped if one is not None)
         return output
-
-
-def watch_saved(forward: Callable[[], Any], model: torch.nn.Module) -> tuple[Any, float]:
-    """What a forward pass returns, and the MiB that autograd keeps of it: each storage once, parameters left out."""
-    parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, Tensor] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        address = tensor.untyped_storage().data_ptr()
-        if address and address not in parameters:
-            kept[address] = tensor  # held, so that no other storage can take its address
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = forward()
-    return output, sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / MIB

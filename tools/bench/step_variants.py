@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from bench.rivals import UnavailableError
 from bench.step_engines import Kind, can_pack
-from bench.variants import DENSE
+from bench.variants import DENSE, choose_among
 from moe_lvlm.config.recipe import Recipe
 from moe_lvlm.models.instructblip_config import VLMConfig
 from moe_lvlm.training.build import is_sparse_at, stage_config
@@ -78,18 +78,8 @@ class Setting:
 
 
 def choose_steps(names: str | None) -> tuple[StepVariant, ...]:
-    """The variants that a comma-separated list names, in the order of STEP_VARIANTS, the floor always among them.
-
-    Raises:
-        ValueError: a name that does not exist.
-    """
-    if names is None:
-        return STEP_VARIANTS
-    wanted = {name.strip() for name in names.split(",") if name.strip()}
-    known = [variant.name for variant in STEP_VARIANTS]
-    if unknown := sorted(wanted.difference(known)):
-        raise ValueError(f"--variants: {', '.join(unknown)}; allowed: {', '.join(known)}")
-    return tuple(variant for variant in STEP_VARIANTS if variant.name in wanted | {DENSE})
+    """The steps that `choose_among` gives of STEP_VARIANTS."""
+    return choose_among(STEP_VARIANTS, names)
 
 
 def settle(variant: StepVariant, recipe: Recipe, stage: int) -> Setting:

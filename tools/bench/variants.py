@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol, TypeVar
 
 from bench import layers, rivals
 from bench.layers import BenchLayer
@@ -12,6 +12,16 @@ from bench.problem import Problem
 
 DENSE = "dense"
 Computes = Literal["dense", "top_k", "ltdr", "dynamic"]
+
+
+class Named(Protocol):
+    """What is chosen by its name."""
+
+    @property
+    def name(self) -> str: ...
+
+
+AnyVariant = TypeVar("AnyVariant", bound=Named)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,15 +96,20 @@ VARIANTS: tuple[Variant, ...] = (
 
 
 def choose(names: str | None) -> tuple[Variant, ...]:
-    """The variants that a comma-separated list names, in the order of VARIANTS, the floor always among them.
+    """The layers that `choose_among` gives of VARIANTS."""
+    return choose_among(VARIANTS, names)
+
+
+def choose_among(variants: tuple[AnyVariant, ...], names: str | None) -> tuple[AnyVariant, ...]:
+    """The variants that a comma-separated list names, in their own order, the floor always among them; all without one.
 
     Raises:
         ValueError: a name that does not exist.
     """
     if names is None:
-        return VARIANTS
+        return variants
     wanted = {name.strip() for name in names.split(",") if name.strip()}
-    known = [variant.name for variant in VARIANTS]
+    known = [variant.name for variant in variants]
     if unknown := sorted(wanted.difference(known)):
         raise ValueError(f"--variants: {', '.join(unknown)}; allowed: {', '.join(known)}")
-    return tuple(variant for variant in VARIANTS if variant.name in wanted | {DENSE})
+    return tuple(variant for variant in variants if variant.name in wanted | {DENSE})
